@@ -1,0 +1,141 @@
+/**
+ * Protocols of the edges: actors whose inside is I/O (live) or a model (simulation). Types only.
+ *
+ * Bytes never travel in these messages, but for whole answers that the cache keeps: an edge named `upstream`
+ * reads the request's body from, and writes the answer's bytes to, a data plane that it shares with `front`.
+ */
+import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
+import type { ErrorCode } from "./errors.ts";
+import type {
+  CacheVerdict,
+  LeaseId,
+  LimitState,
+  NodeId,
+  RequestId,
+  ScrapeSample,
+  StoredAnswer,
+  Usage,
+} from "./protocol.ts";
+
+// ---- upstream: one attempt on one node ------------------------------------------------------------------
+
+export type UpstreamCommand =
+  /** Runs one attempt; exactly one of `finished` and `failed` comes back, unless aborted first. */
+  | {
+      kind: "upstream.start";
+      leaseId: LeaseId;
+      /** Whose body is sent. */
+      requestId: RequestId;
+      /** Where the answer's bytes go: the flight outlives the attempts of its leader. */
+      flightId: RequestId;
+      node: NodeId;
+      attempt: number;
+      /** The four clocks but connect, which is the node pool's own. All > 0. */
+      firstTokenMs: number;
+      stallMs: number;
+      totalMs: number;
+      replyTo: ActorRef<UpstreamEvent>;
+    }
+  /** Ends the attempt now, destroys its socket; no event follows. A committed answer ends with `code`. */
+  | { kind: "upstream.abort"; leaseId: LeaseId; code: ErrorCode }
+  /** The sender restarted and has lost its requests: end all of them. */
+  | { kind: "upstream.abort_all" }
+  /** A one-token generation, to see whether a node answers at all. */
+  | { kind: "upstream.probe"; node: NodeId; timeoutMs: number; replyTo: ReplyTo<{ answered: boolean; detail: string }> };
+
+export type UpstreamEvent =
+  /** The first content token is out: from now on the attempt is committed and never retried. */
+  | { kind: "upstream.first_token"; leaseId: LeaseId }
+  /** About once a second while tokens flow: renews the lease. */
+  | { kind: "upstream.progress"; leaseId: LeaseId; outputTokens: number }
+  | {
+      kind: "upstream.finished";
+      leaseId: LeaseId;
+      usage: Usage;
+      /** Time from first to last token, ms; 0 for answers that came whole. */
+      decodeMs: number;
+      /** The whole answer if it may be stored, else the reason why not. */
+      answer?: StoredAnswer;
+      notStorable?: string;
+    }
+  | {
+      kind: "upstream.failed";
+      leaseId: LeaseId;
+      failure: UpstreamFailure;
+      /** Content had reached the flight: the failure is final. */
+      committed: boolean;
+      outputTokens: number;
+      /** Of the node's answer. */
+      status?: number;
+      retryAfterMs?: number;
+      /** One line, without prompt or answer text. */
+      detail: string;
+    };
+
+export type UpstreamFailure =
+  | "connect" // refused, reset, DNS, TLS, connect clock: no byte of an answer
+  | "overloaded" // 429, or 503 that says so
+  | "unavailable" // 502, 503, 504, refused by a draining node
+  | "server_error" // 500 and other 5xx, TGI's 424
+  | "bad_answer" // garbage, half JSON, wrong content type, 200 with an error body, redirect
+  | "first_token_timeout"
+  | "stalled" // between tokens
+  | "total_timeout"
+  | "broken_stream" // ended without a finish
+  | "client_error"; // 4xx: the node's own answer is relayed to the client from the data plane
+
+// ---- front: the client's side of a request -----------------------------------------------------------------
+
+/** Facts for the answer's headers. */
+export type AnswerFacts = {
+  cache: CacheVerdict;
+  similarity?: number;
+  node?: NodeId;
+  attempts: number;
+  queuedMs: number;
+  /** Age of a cached answer. */
+  ageMs?: number;
+  limits?: LimitState;
+};
+
+export type FrontCommand =
+  /** Answer from the cache. */
+  | { kind: "front.answer"; requestId: RequestId; answer: StoredAnswer; facts: AnswerFacts }
+  /** Deliver the flight's bytes: what is there, then what comes, until it ends or fails. */
+  | { kind: "front.attach"; requestId: RequestId; flightId: RequestId; facts: AnswerFacts }
+  /** Refused or failed before any byte. `message` replaces the code's own text. */
+  | {
+      kind: "front.refuse";
+      requestId: RequestId;
+      code: ErrorCode;
+      message?: string;
+      retryAfterMs?: number;
+      facts: AnswerFacts;
+    }
+  /** The flight that this request led is over: its body and answer leave the data plane. Comes after every
+   *  `front.attach` to that flight; readers that are attached read on to the end. */
+  | { kind: "front.forget"; requestId: RequestId }
+  /** The request actor lost its state: every open request it held is answered `internal`. */
+  | { kind: "front.requests_lost" };
+
+// ---- store: the shared, surviving copy of the cache ----------------------------------------------------------
+
+export type StoreCommand =
+  | { kind: "store.get"; key: string; tenant: string; replyTo: ReplyTo<StoreGot> }
+  | { kind: "store.put"; key: string; tenant: string; answer: StoredAnswer; ttlMs: number }
+  | { kind: "store.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> };
+
+/** A missing, corrupt or late entry is a miss; `ttlMs` is what is left of its life. */
+export type StoreGot = { answer?: StoredAnswer; ttlMs: number };
+
+// ---- scraper: engine metrics, health and models ---------------------------------------------------------------
+
+export type ScraperCommand =
+  | { kind: "scraper.add"; node: NodeId; replyTo: ActorRef<ScraperEvent> }
+  | { kind: "scraper.remove"; node: NodeId };
+
+export type ScraperEvent =
+  | { kind: "scraper.sampled"; sample: ScrapeSample }
+  | { kind: "scraper.failed"; reason: string }
+  | { kind: "scraper.health"; ok: boolean; detail: string }
+  | { kind: "scraper.models"; models: readonly string[]; adapters: readonly string[] };

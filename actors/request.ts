@@ -1,0 +1,891 @@
+/**
+ * The requests in flight of this process: one small state machine each, the only writer of their state.
+ *
+ *   looking ──hit──▶ (answered)
+ *      │──join──▶ joined ──committed──▶ following ──▶ (ended)
+ *      ▼                └──promoted──┐
+ *   admitting ◀──────────────────────┘
+ *      ▼
+ *   choosing ◀──retry── backing_off
+ *      ▼                    ▲
+ *   running ──failed────────┘
+ *      ▼ first token
+ *   streaming ──▶ (ended)
+ *
+ * Until the first content token is out, a failed attempt moves to a node not tried yet; after it, never. A
+ * leader whose client left goes on while others share its flight; when the last one has left, the cache says
+ * so and the attempt is aborted. One deadline timer per request covers every state.
+ *
+ * It sees no byte of a prompt or an answer but whole answers on their way to the cache. Its state is lost on
+ * a restart: `start` then tells every owner (`owner_restarted`), so that leases, reservations and flights are
+ * freed and every open client gets an error instead of silence.
+ */
+import { type ActorRef, type AskOutcome, type Context, type ReplyTo, unreachable, type Actor } from "../runtime/actor.ts";
+import type { CacheMessage, FlightNews, FlightResult, LookupReply } from "./cache.ts";
+import type { AnswerFacts, FrontCommand, UpstreamCommand, UpstreamEvent, UpstreamFailure } from "./edges.ts";
+import { type ErrorCode, errorFacts } from "./errors.ts";
+import type { GpuNodeMessage } from "./gpu-node.ts";
+import type {
+  AttemptFact,
+  CacheVerdict,
+  Decision,
+  LeaseId,
+  LeaseOutcome,
+  LimitState,
+  NodeId,
+  RequestFacts,
+  RequestId,
+  RequestRecord,
+  Usage,
+} from "./protocol.ts";
+import type { AdmitReply, RateLimiterMessage } from "./rate-limiter.ts";
+import { backoffMs, failureRules } from "./retry-policy.ts";
+import type { ChooseReply, RouterMessage } from "./router.ts";
+import { TtftBands } from "./ttft-bands.ts";
+
+export type RequestMessage =
+  | { kind: "request.submit"; facts: RequestFacts }
+  | { kind: "request.client_left"; requestId: RequestId }
+  | { kind: "request.configure"; options: RequestOptions }
+  | { kind: "request.describe"; replyTo: ReplyTo<RequestDescription> }
+  | UpstreamEvent
+  | FlightNews
+  | LookedUp
+  | Admitted
+  | Chosen
+  | { kind: "request.deadline"; requestId: RequestId }
+  | { kind: "request.retry_due"; requestId: RequestId };
+
+type LookedUp = { kind: "request.looked_up"; requestId: RequestId; outcome: AskOutcome<LookupReply> };
+type Admitted = {
+  kind: "request.admitted";
+  requestId: RequestId;
+  key: string;
+  outcome: AskOutcome<AdmitReply>;
+};
+type Chosen = { kind: "request.chosen"; requestId: RequestId; outcome: AskOutcome<ChooseReply> };
+
+export type RequestDescription = { byPhase: Readonly<Record<Phase, number>>; open: number };
+
+export type RequestOptions = {
+  /** Attempts of one request, each on another node, 1…; default 3. */
+  attemptsMax: number;
+  backoffBaseMs: number;
+  backoffMaxMs: number;
+  /** Least time that a first token may take; the pool's own 3 · p95 raises it. */
+  firstTokenMs: number;
+  stallMs: number;
+  totalMs: number;
+  /** How long the cache's answer is waited for before the request goes on without it. */
+  lookupMs: number;
+  /** How long the limiter's answer is waited for; then the request goes on without a limit, and says so. */
+  admitMs: number;
+};
+
+/** Where the other actors are. */
+export type RequestRefs = {
+  cache: (key: string) => ActorRef<CacheMessage>;
+  cacheShards: readonly ActorRef<CacheMessage>[];
+  limiter: ActorRef<RateLimiterMessage>;
+  router: ActorRef<RouterMessage>;
+  node: (node: NodeId) => ActorRef<GpuNodeMessage>;
+  nodes: () => readonly NodeId[];
+  upstream: ActorRef<UpstreamCommand>;
+  front: ActorRef<FrontCommand>;
+};
+
+const phases = [
+  "looking",
+  "admitting",
+  "choosing",
+  "running",
+  "backing_off",
+  "streaming",
+  "joined",
+  "following",
+] as const;
+type Phase = (typeof phases)[number];
+
+type Request = {
+  readonly facts: RequestFacts;
+  phase: Phase;
+  clientPresent: boolean;
+  /** Leads the flight named by its own id, so that others may share it. */
+  leads: boolean;
+  /** The flight that it joined, if any. */
+  flightId: RequestId;
+  cache: CacheVerdict;
+  limits: LimitState | undefined;
+  reserved: boolean;
+  attempt: number;
+  attempts: AttemptFact[];
+  tried: NodeId[];
+  decisions: Decision[];
+  failureCounts: Partial<Record<UpstreamFailure, number>>;
+  lastFailure: { code: ErrorCode; retryAfterMs?: number; detail: string } | null;
+  routerCrashes: number;
+  node: NodeId;
+  leaseId: LeaseId;
+  leasedAtMs: number;
+  queuedMs: number;
+  ttftMs: number | undefined;
+  attached: boolean;
+  started: boolean;
+};
+
+/** Last limit state per key, for the headers of answers that asked no limiter (cache hits). */
+const LIMIT_STATES_MAX = 4096;
+/** A second ask of a router that crashed under the first. */
+const ROUTER_CRASHES_MAX = 1;
+
+export class RequestActor implements Actor<RequestMessage> {
+  readonly #refs: RequestRefs;
+  readonly #requests = new Map<RequestId, Request>();
+  readonly #limitStates = new Map<string, LimitState>();
+  readonly #ttft = new TtftBands();
+  #options: RequestOptions;
+
+  constructor(options: RequestOptions, refs: RequestRefs) {
+    this.#options = options;
+    this.#refs = refs;
+  }
+
+  start(context: Context<RequestMessage>): void {
+    const owner = context.self.path;
+    for (const shard of this.#refs.cacheShards)
+      context.tell(shard, { kind: "cache.owner_restarted", owner });
+    context.tell(this.#refs.limiter, { kind: "limiter.owner_restarted", owner });
+    for (const node of this.#refs.nodes())
+      context.tell(this.#refs.node(node), { kind: "gpu_node.owner_restarted", owner });
+    context.tell(this.#refs.upstream, { kind: "upstream.abort_all" });
+    context.tell(this.#refs.front, { kind: "front.requests_lost" });
+  }
+
+  receive(message: RequestMessage, context: Context<RequestMessage>): void {
+    switch (message.kind) {
+      case "request.submit":
+        return this.#onSubmit(message.facts, context);
+      case "request.client_left":
+        return this.#onClientLeft(message.requestId, context);
+      case "request.looked_up":
+        return this.#onLookedUp(message, context);
+      case "request.admitted":
+        return this.#onAdmitted(message, context);
+      case "request.chosen":
+        return this.#onChosen(message, context);
+      case "request.deadline":
+        return this.#onDeadline(message.requestId, context);
+      case "request.retry_due":
+        return this.#onRetryDue(message.requestId, context);
+      case "upstream.first_token":
+        return this.#onFirstToken(message.leaseId, context);
+      case "upstream.progress":
+        return this.#onProgress(message.leaseId, message.outputTokens, context);
+      case "upstream.finished":
+        return this.#onFinished(message, context);
+      case "upstream.failed":
+        return this.#onFailed(message, context);
+      case "flight.committed":
+        return this.#onFlightCommitted(message, context);
+      case "flight.ended":
+        return this.#onFlightEnded(message, context);
+      case "flight.failed":
+        return this.#onFlightFailed(message, context);
+      case "flight.promoted":
+        return this.#onFlightPromoted(message, context);
+      case "flight.abandoned":
+        return this.#onFlightAbandoned(message.requestId, context);
+      case "request.configure":
+        this.#options = message.options;
+        return;
+      case "request.describe":
+        return context.reply(message.replyTo, this.#describe());
+      default:
+        return unreachable(message);
+    }
+  }
+
+  // ---- arrival and cache ------------------------------------------------------------------------------
+
+  #onSubmit(facts: RequestFacts, context: Context<RequestMessage>): void {
+    if (this.#requests.has(facts.requestId)) return; // A duplicate: the first one answers.
+    const request: Request = {
+      facts,
+      phase: "looking",
+      clientPresent: true,
+      leads: false,
+      flightId: facts.requestId,
+      cache: facts.cacheKey === undefined ? "bypass" : "miss",
+      limits: undefined,
+      reserved: false,
+      attempt: 0,
+      attempts: [],
+      tried: [],
+      decisions: [],
+      failureCounts: {},
+      lastFailure: null,
+      routerCrashes: 0,
+      node: "",
+      leaseId: "",
+      leasedAtMs: 0,
+      queuedMs: 0,
+      ttftMs: undefined,
+      attached: false,
+      started: false,
+    };
+    this.#requests.set(facts.requestId, request);
+    const remainingMs = facts.deadlineAtMs - context.nowMs;
+    if (remainingMs <= 0) return this.#refuse(request, "deadline_exceeded", context);
+    context.startTimer(facts.requestId, remainingMs, {
+      kind: "request.deadline",
+      requestId: facts.requestId,
+    });
+    const key = facts.cacheKey;
+    if (key === undefined) return this.#admit(request, context);
+    context.ask<CacheMessage, LookupReply>(
+      this.#refs.cache(key),
+      this.#options.lookupMs,
+      (replyTo) => ({
+        kind: "cache.lookup",
+        key,
+        tenant: facts.tenant,
+        requestId: facts.requestId,
+        read: facts.cacheRead,
+        lead: facts.cacheWrite,
+        participant: context.self,
+        replyTo,
+      }),
+      (outcome) => ({ kind: "request.looked_up", requestId: facts.requestId, outcome }),
+    );
+  }
+
+  #onLookedUp({ requestId, outcome }: LookedUp, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined || request.phase !== "looking") return; // Left, or past its deadline.
+    if (!outcome.ok) {
+      // Too late or crashed: go on without the cache, and take back a membership that may come about.
+      this.#leaveFlight(request, context);
+      request.cache = "bypass";
+      return this.#admit(request, context);
+    }
+    const reply = outcome.value;
+    switch (reply.kind) {
+      case "hit":
+        request.cache = "hit_exact";
+        if (request.clientPresent) {
+          context.tell(this.#refs.front, {
+            kind: "front.answer",
+            requestId,
+            answer: reply.answer,
+            facts: this.#answerFacts(request, context.nowMs, reply.ageMs),
+          });
+        }
+        return this.#end(request, "ok", undefined, context);
+      case "lead":
+        request.leads = true;
+        return this.#admit(request, context);
+      case "alone":
+        return this.#admit(request, context);
+      case "join":
+        request.cache = "joined";
+        request.flightId = reply.flightId;
+        request.phase = "joined";
+        if (reply.committed !== undefined) this.#follow(request, reply.committed, context);
+        return;
+      default:
+        return unreachable(reply);
+    }
+  }
+
+  // ---- admission ----------------------------------------------------------------------------------------
+
+  #admit(request: Request, context: Context<RequestMessage>): void {
+    request.phase = "admitting";
+    const { facts } = request;
+    context.ask<RateLimiterMessage, AdmitReply>(
+      this.#refs.limiter,
+      this.#options.admitMs,
+      (replyTo) => ({
+        kind: "limiter.admit",
+        requestId: facts.requestId,
+        owner: context.self.path,
+        key: facts.limitKey,
+        limits: facts.limits,
+        model: facts.model ?? "",
+        promptTokens: facts.promptTokens,
+        ...(facts.maxTokens === undefined ? {} : { maxTokens: facts.maxTokens }),
+        expiresAtMs: facts.deadlineAtMs + this.#options.totalMs,
+        replyTo,
+      }),
+      (outcome) => ({
+        kind: "request.admitted",
+        requestId: facts.requestId,
+        key: facts.limitKey,
+        outcome,
+      }),
+    );
+  }
+
+  #onAdmitted({ requestId, key, outcome }: Admitted, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined || request.phase !== "admitting") {
+      // Ended while it was asked: nobody has settled this grant yet.
+      if (outcome.ok && outcome.value.kind === "granted") this.#refund(requestId, key, context);
+      return;
+    }
+    if (!outcome.ok) {
+      context.emit({ kind: "request.limiter_silent" });
+      request.reserved = true; // It may have reserved and only answered late: settle all the same.
+      return this.#choose(request, context);
+    }
+    const reply = outcome.value;
+    request.limits = reply.state;
+    this.#rememberLimits(request.facts.limitKey, reply.state);
+    if (reply.kind === "refused")
+      return this.#refuse(request, reply.code, context, reply.retryAfterMs, undefined, false);
+    request.reserved = true;
+    this.#choose(request, context);
+  }
+
+  #refund(requestId: RequestId, key: string, context: Context<RequestMessage>): void {
+    context.tell(this.#refs.limiter, {
+      kind: "limiter.settle",
+      requestId,
+      key,
+      promptTokens: 0,
+      cachedTokens: 0,
+      outputTokens: 0,
+    });
+  }
+
+  // ---- choosing a node --------------------------------------------------------------------------------
+
+  #choose(request: Request, context: Context<RequestMessage>): void {
+    request.phase = "choosing";
+    const { facts } = request;
+    context.ask<RouterMessage, ChooseReply>(
+      this.#refs.router,
+      Math.max(1, facts.deadlineAtMs - context.nowMs + 1000), // Our own deadline timer comes first.
+      (replyTo) => ({
+        kind: "router.choose",
+        facts,
+        attempt: request.attempt + 1,
+        tried: request.tried.slice(),
+        owner: context.self.path,
+        replyTo,
+      }),
+      (outcome) => ({ kind: "request.chosen", requestId: facts.requestId, outcome }),
+    );
+  }
+
+  #onChosen({ requestId, outcome }: Chosen, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined || request.phase !== "choosing") {
+      if (outcome.ok && outcome.value.kind === "placed")
+        this.#giveBackLease(outcome.value.node, outcome.value.leaseId, context);
+      return;
+    }
+    if (!outcome.ok) {
+      if (request.routerCrashes++ < ROUTER_CRASHES_MAX) return this.#choose(request, context);
+      return this.#refuse(request, "internal", context);
+    }
+    const reply = outcome.value;
+    request.decisions.push(reply.decision);
+    request.queuedMs += reply.queuedMs;
+    if (reply.kind === "refused") {
+      const last = request.lastFailure;
+      // On a retry the client is told what failed, not that nothing else was free.
+      if (last === null) return this.#refuse(request, reply.code, context, reply.retryAfterMs);
+      return this.#refuse(request, last.code, context, last.retryAfterMs ?? reply.retryAfterMs, last.detail);
+    }
+    const { facts } = request;
+    request.phase = "running";
+    request.attempt++;
+    request.started = true;
+    request.node = reply.node;
+    request.leaseId = reply.leaseId;
+    request.leasedAtMs = context.nowMs;
+    request.tried.push(reply.node);
+    request.attempts.push({
+      attempt: request.attempt,
+      node: reply.node,
+      atMs: context.nowMs,
+      outcome: "running",
+    });
+    const remainingMs = Math.max(1, facts.deadlineAtMs - context.nowMs);
+    const totalMs = Math.min(this.#options.totalMs, remainingMs);
+    context.tell(this.#refs.upstream, {
+      kind: "upstream.start",
+      leaseId: reply.leaseId,
+      requestId,
+      flightId: requestId,
+      node: reply.node,
+      attempt: request.attempt,
+      firstTokenMs: facts.stream ? Math.min(totalMs, this.#firstTokenMs(facts)) : totalMs,
+      stallMs: this.#options.stallMs,
+      totalMs,
+      replyTo: context.self,
+    });
+  }
+
+  #firstTokenMs(facts: RequestFacts): number {
+    const p95Ms = this.#ttft.p95Ms(facts.model ?? "", facts.promptTokens);
+    return Math.max(this.#options.firstTokenMs, 3 * p95Ms);
+  }
+
+  #giveBackLease(node: NodeId, leaseId: LeaseId, context: Context<RequestMessage>): void {
+    context.tell(this.#refs.node(node), {
+      kind: "gpu_node.release",
+      leaseId,
+      outcome: "cancelled",
+      e2eMs: 0,
+      decodeMs: 0,
+      promptTokens: 0,
+      outputTokens: 0,
+    });
+  }
+
+  // ---- one attempt ------------------------------------------------------------------------------------
+
+  #byLease(leaseId: LeaseId): Request | undefined {
+    const request = this.#requests.get(leaseId.slice(0, leaseId.lastIndexOf("#")));
+    return request?.leaseId === leaseId ? request : undefined;
+  }
+
+  #onFirstToken(leaseId: LeaseId, context: Context<RequestMessage>): void {
+    const request = this.#byLease(leaseId);
+    if (request === undefined || request.phase !== "running") return;
+    request.phase = "streaming";
+    const sinceLeaseMs = context.nowMs - request.leasedAtMs;
+    request.ttftMs = context.nowMs - request.facts.arrivedAtMs;
+    this.#ttft.record(request.facts.model ?? "", request.facts.promptTokens, sinceLeaseMs);
+    context.tell(this.#refs.node(request.node), {
+      kind: "gpu_node.first_token",
+      leaseId,
+      ttftMs: sinceLeaseMs,
+    });
+    this.#commit(request, context);
+  }
+
+  /** From here on the flight's bytes flow to its own client and to everyone who joined. */
+  #commit(request: Request, context: Context<RequestMessage>): void {
+    this.#attach(request, request.node, request.attempt, context);
+    const key = request.facts.cacheKey;
+    if (!request.leads || key === undefined) return;
+    context.tell(this.#refs.cache(key), {
+      kind: "cache.flight_committed",
+      key,
+      flightId: request.facts.requestId,
+      node: request.node,
+      attempts: request.attempt,
+    });
+  }
+
+  #attach(request: Request, node: NodeId, attempts: number, context: Context<RequestMessage>): void {
+    if (request.attached) return;
+    request.attached = true;
+    if (!request.clientPresent) return;
+    context.tell(this.#refs.front, {
+      kind: "front.attach",
+      requestId: request.facts.requestId,
+      flightId: request.flightId,
+      facts: { ...this.#answerFacts(request, context.nowMs), node, attempts },
+    });
+  }
+
+  #onProgress(leaseId: LeaseId, outputTokens: number, context: Context<RequestMessage>): void {
+    const request = this.#byLease(leaseId);
+    if (request === undefined) return;
+    context.tell(this.#refs.node(request.node), { kind: "gpu_node.progress", leaseId, outputTokens });
+  }
+
+  #onFinished(
+    event: Extract<UpstreamEvent, { kind: "upstream.finished" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#byLease(event.leaseId);
+    if (request === undefined) return;
+    this.#release(request, "ok", event.usage, event.decodeMs, context);
+    if (request.phase === "running") this.#commit(request, context); // It came whole.
+    this.#settle(request, event.usage, context);
+    const stores = event.answer !== undefined && request.leads;
+    const reason = event.notStorable ?? request.facts.cacheBypass ?? "not shared";
+    const result: FlightResult =
+      event.answer === undefined
+        ? { kind: "not_stored", reason }
+        : { kind: "stored", answer: event.answer };
+    this.#endFlight(request, result, context);
+    this.#end(request, "ok", undefined, context, {
+      usage: event.usage,
+      stored: stores,
+      ...(stores ? {} : { notStored: reason }),
+    });
+  }
+
+  #onFailed(
+    event: Extract<UpstreamEvent, { kind: "upstream.failed" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#byLease(event.leaseId);
+    if (request === undefined) return;
+    const rule = failureRules[event.failure];
+    const usage = { promptTokens: 0, cachedTokens: 0, outputTokens: event.outputTokens };
+    this.#release(request, rule.outcome, usage, 0, context, event);
+    if (event.failure === "client_error") return this.#relayClientError(request, context);
+    if (event.committed) return this.#failCommitted(request, rule.code, usage, context);
+    const failures = (request.failureCounts[event.failure] ?? 0) + 1;
+    request.failureCounts[event.failure] = failures;
+    request.lastFailure = {
+      code: rule.code,
+      detail: event.detail,
+      ...(event.retryAfterMs === undefined ? {} : { retryAfterMs: event.retryAfterMs }),
+    };
+    const remainingMs = request.facts.deadlineAtMs - context.nowMs;
+    const waitMs =
+      rule.wait === "now" ? 0 : backoffMs(request.attempt - 1, this.#options, context.random());
+    const worthIt =
+      event.failure !== "first_token_timeout" ||
+      remainingMs > this.#ttft.p50Ms(request.facts.model ?? "", request.facts.promptTokens);
+    if (
+      failures > rule.retriesMax ||
+      request.attempt >= this.#options.attemptsMax ||
+      waitMs >= remainingMs ||
+      !worthIt
+    ) {
+      return this.#refuse(request, rule.code, context, event.retryAfterMs, event.detail);
+    }
+    request.leaseId = "";
+    if (waitMs === 0) return this.#choose(request, context);
+    request.phase = "backing_off";
+    const { requestId } = request.facts;
+    context.startTimer(`retry ${requestId}`, waitMs, { kind: "request.retry_due", requestId });
+  }
+
+  #onRetryDue(requestId: RequestId, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined || request.phase !== "backing_off") return;
+    this.#choose(request, context);
+  }
+
+  /** The node's own 4xx goes to the client, and to everyone who asked the same. */
+  #relayClientError(request: Request, context: Context<RequestMessage>): void {
+    this.#commit(request, context);
+    this.#settle(request, null, context);
+    this.#endFlight(request, { kind: "not_stored", reason: "client error" }, context);
+    this.#end(request, "refused", "invalid_request", context);
+  }
+
+  /** Bytes were out: the data plane has told every reader; only the books remain. */
+  #failCommitted(
+    request: Request,
+    code: ErrorCode,
+    usage: Usage,
+    context: Context<RequestMessage>,
+  ): void {
+    this.#settle(request, { ...usage, promptTokens: request.facts.promptTokens }, context);
+    this.#endFlight(request, { kind: "not_stored", reason: code }, context);
+    this.#end(request, "failed", code, context, { usage });
+  }
+
+  #release(
+    request: Request,
+    outcome: LeaseOutcome,
+    usage: Usage,
+    decodeMs: number,
+    context: Context<RequestMessage>,
+    failure?: { status?: number; retryAfterMs?: number; detail: string },
+  ): void {
+    const fact = request.attempts[request.attempts.length - 1];
+    if (fact !== undefined) {
+      fact.outcome = outcome;
+      if (failure !== undefined) fact.detail = failure.detail;
+      if (failure?.status !== undefined) fact.status = failure.status;
+    }
+    context.tell(this.#refs.node(request.node), {
+      kind: "gpu_node.release",
+      leaseId: request.leaseId,
+      outcome,
+      e2eMs: context.nowMs - request.leasedAtMs,
+      decodeMs,
+      promptTokens: usage.promptTokens,
+      outputTokens: usage.outputTokens,
+      ...(request.ttftMs === undefined
+        ? {}
+        : { ttftMs: request.ttftMs - (request.leasedAtMs - request.facts.arrivedAtMs) }),
+      ...(failure?.retryAfterMs === undefined ? {} : { retryAfterMs: failure.retryAfterMs }),
+      ...(failure === undefined ? {} : { detail: failure.detail }),
+    });
+  }
+
+  // ---- sharing a flight -------------------------------------------------------------------------------
+
+  #follow(
+    request: Request,
+    committed: { node: NodeId; attempts: number },
+    context: Context<RequestMessage>,
+  ): void {
+    request.phase = "following";
+    request.ttftMs ??= context.nowMs - request.facts.arrivedAtMs;
+    this.#attach(request, committed.node, committed.attempts, context);
+  }
+
+  #onFlightCommitted(
+    news: Extract<FlightNews, { kind: "flight.committed" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#joinedTo(news);
+    if (request !== undefined) this.#follow(request, news, context);
+  }
+
+  #onFlightEnded(
+    news: Extract<FlightNews, { kind: "flight.ended" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#joinedTo(news);
+    if (request !== undefined) this.#end(request, "ok", undefined, context);
+  }
+
+  #onFlightFailed(
+    news: Extract<FlightNews, { kind: "flight.failed" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#joinedTo(news);
+    if (request === undefined) return;
+    if (request.attached) return this.#end(request, "failed", news.code, context);
+    this.#refuse(request, news.code, context, news.retryAfterMs, news.message);
+  }
+
+  #onFlightPromoted(
+    news: Extract<FlightNews, { kind: "flight.promoted" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#requests.get(news.requestId);
+    if (request === undefined || request.phase !== "joined") {
+      // Gone: the lead passes on.
+      context.tell(this.#refs.cache(news.key), {
+        kind: "cache.flight_ended",
+        key: news.key,
+        flightId: news.flightId,
+        result: { kind: "failed", code: "client_closed", shared: false },
+      });
+      return;
+    }
+    request.leads = true;
+    request.cache = "miss";
+    request.flightId = request.facts.requestId;
+    this.#admit(request, context);
+  }
+
+  #onFlightAbandoned(requestId: RequestId, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined) return;
+    request.leads = false; // The cache has closed the flight already.
+    this.#abandon(request, "client_closed", context);
+  }
+
+  #joinedTo(news: { requestId: RequestId; flightId: RequestId }): Request | undefined {
+    const request = this.#requests.get(news.requestId);
+    if (request === undefined || request.flightId !== news.flightId) return undefined;
+    return request.phase === "joined" || request.phase === "following" ? request : undefined;
+  }
+
+  #leaveFlight(request: Request, context: Context<RequestMessage>): void {
+    const key = request.facts.cacheKey;
+    if (key === undefined) return;
+    context.tell(this.#refs.cache(key), {
+      kind: "cache.leave",
+      key,
+      requestId: request.facts.requestId,
+    });
+  }
+
+  #endFlight(request: Request, result: FlightResult, context: Context<RequestMessage>): void {
+    const key = request.facts.cacheKey;
+    if (!request.leads || key === undefined) return;
+    request.leads = false;
+    context.tell(this.#refs.cache(key), {
+      kind: "cache.flight_ended",
+      key,
+      flightId: request.facts.requestId,
+      result,
+    });
+  }
+
+  // ---- endings ----------------------------------------------------------------------------------------
+
+  #onClientLeft(requestId: RequestId, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined || !request.clientPresent) return;
+    request.clientPresent = false;
+    if (request.phase === "looking" || request.phase === "joined" || request.phase === "following") {
+      this.#leaveFlight(request, context);
+      return this.#end(request, "left", "client_closed", context);
+    }
+    if (request.leads) return this.#leaveFlight(request, context); // `flight.abandoned` may follow.
+    this.#abandon(request, "client_closed", context);
+  }
+
+  #onDeadline(requestId: RequestId, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request === undefined) return;
+    if (request.phase === "looking" || request.phase === "joined") {
+      this.#leaveFlight(request, context);
+      return this.#refuse(request, "deadline_exceeded", context);
+    }
+    if (request.phase === "following") return; // Its leader's clocks end the stream.
+    const code =
+      request.phase === "streaming" ? "upstream_timeout_total" : ("deadline_exceeded" as const);
+    this.#abandon(request, code, context);
+  }
+
+  /** Stops whatever runs for this request, without an answer of a node. */
+  #abandon(request: Request, code: ErrorCode, context: Context<RequestMessage>): void {
+    const { requestId } = request.facts;
+    const running = request.phase === "running" || request.phase === "streaming";
+    if (request.phase === "choosing") context.tell(this.#refs.router, { kind: "router.cancel", requestId });
+    if (running) {
+      context.tell(this.#refs.upstream, { kind: "upstream.abort", leaseId: request.leaseId, code });
+      const waitedMs = context.nowMs - request.leasedAtMs;
+      // A node that had its full time and said nothing was slow; otherwise it is not to blame.
+      const outcome =
+        code === "deadline_exceeded" && waitedMs >= this.#options.firstTokenMs ? "slow" : "cancelled";
+      const usage = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 };
+      this.#release(request, outcome, usage, 0, context);
+    }
+    if (request.attached) {
+      this.#settle(request, null, context);
+      this.#endFlight(request, { kind: "not_stored", reason: code }, context);
+      return this.#end(request, code === "client_closed" ? "left" : "failed", code, context);
+    }
+    this.#refuse(request, code, context);
+  }
+
+  /** Ends a request that no byte of an answer has reached. `shared`: its followers fail with it. */
+  #refuse(
+    request: Request,
+    code: ErrorCode,
+    context: Context<RequestMessage>,
+    retryAfterMs?: number,
+    detail?: string,
+    shared: boolean = code !== "deadline_exceeded" && code !== "client_closed",
+  ): void {
+    const retry = retryAfterMs === undefined ? {} : { retryAfterMs };
+    const message = detail === undefined ? {} : { message: `${errorFacts[code].message} (${detail})` };
+    if (request.clientPresent) {
+      context.tell(this.#refs.front, {
+        kind: "front.refuse",
+        requestId: request.facts.requestId,
+        code,
+        ...retry,
+        ...message,
+        facts: this.#answerFacts(request, context.nowMs),
+      });
+    }
+    this.#settle(request, null, context);
+    this.#endFlight(request, { kind: "failed", code, shared, ...retry, ...message }, context);
+    const outcome = !request.clientPresent ? "left" : request.attempt > 0 ? "failed" : "refused";
+    this.#end(request, outcome, code, context);
+  }
+
+  #end(
+    request: Request,
+    outcome: RequestRecord["outcome"],
+    code: ErrorCode | undefined,
+    context: Context<RequestMessage>,
+    more: { usage?: Usage; stored?: boolean; notStored?: string } = {},
+  ): void {
+    const { facts } = request;
+    this.#requests.delete(facts.requestId);
+    context.cancelTimer(facts.requestId);
+    if (request.phase === "backing_off") context.cancelTimer(`retry ${facts.requestId}`);
+    // After every front.attach of this flight: both go to the front, in this order.
+    if (request.flightId === facts.requestId)
+      context.tell(this.#refs.front, { kind: "front.forget", requestId: facts.requestId });
+    const record: RequestRecord = {
+      facts,
+      outcome: request.clientPresent || outcome !== "ok" ? outcome : "left",
+      ...(code === undefined ? {} : { code }),
+      cache: request.cache,
+      ...(facts.cacheBypass === undefined ? {} : { cacheDetail: facts.cacheBypass }),
+      attempts: request.attempts,
+      decisions: request.decisions,
+      queuedMs: request.queuedMs,
+      ...(request.ttftMs === undefined ? {} : { ttftMs: request.ttftMs }),
+      endedMs: context.nowMs - facts.arrivedAtMs,
+      ...more,
+    };
+    context.emit({ kind: "request.finished", record } as RequestFinished);
+  }
+
+  #settle(request: Request, usage: Usage | null, context: Context<RequestMessage>): void {
+    if (!request.reserved) return;
+    request.reserved = false;
+    const { facts } = request;
+    context.tell(this.#refs.limiter, {
+      kind: "limiter.settle",
+      requestId: facts.requestId,
+      key: facts.limitKey,
+      promptTokens: usage?.promptTokens ?? 0,
+      cachedTokens: usage?.cachedTokens ?? 0,
+      outputTokens: usage?.outputTokens ?? 0,
+    });
+    if (usage === null) return;
+    context.tell(this.#refs.router, {
+      kind: "router.used",
+      ...(facts.model === undefined ? {} : { model: facts.model }),
+      tenant: facts.tenant,
+      promptTokens: usage.promptTokens,
+      outputTokens: usage.outputTokens,
+    });
+  }
+
+  // ---- small things -----------------------------------------------------------------------------------
+
+  #answerFacts(request: Request, nowMs: number, ageMs?: number): AnswerFacts {
+    const limits = request.limits ?? this.#limitStates.get(request.facts.limitKey);
+    return {
+      cache: request.cache,
+      attempts: request.attempt,
+      queuedMs: request.queuedMs,
+      ...(ageMs === undefined ? {} : { ageMs }),
+      ...(limits === undefined ? {} : { limits: limitStateAt(limits, nowMs) }),
+    };
+  }
+
+  #rememberLimits(key: string, state: LimitState): void {
+    if (state.requests === undefined && state.tokens === undefined) return;
+    if (this.#limitStates.size >= LIMIT_STATES_MAX && !this.#limitStates.has(key)) {
+      const oldest = this.#limitStates.keys().next();
+      if (!oldest.done) this.#limitStates.delete(oldest.value);
+    }
+    this.#limitStates.set(key, state);
+  }
+
+  #describe(): RequestDescription {
+    const byPhase = Object.fromEntries(phases.map((phase) => [phase, 0])) as Record<Phase, number>;
+    for (const request of this.#requests.values()) byPhase[request.phase]++;
+    return { byPhase, open: this.#requests.size };
+  }
+}
+
+/** The event that carries a request's whole story to the host. */
+export type RequestFinished = { kind: "request.finished"; record: RequestRecord };
+
+/** What an allowance has become since it was stated: it refills evenly until whole. */
+export function limitStateAt(state: LimitState, nowMs: number): LimitState {
+  const elapsedMs = Math.max(0, nowMs - state.atMs);
+  const later = (part: { limit: number; remaining: number; resetMs: number }) => {
+    if (elapsedMs >= part.resetMs) return { limit: part.limit, remaining: part.limit, resetMs: 0 };
+    const refilled = ((part.limit - part.remaining) * elapsedMs) / part.resetMs;
+    return {
+      limit: part.limit,
+      remaining: Math.floor(part.remaining + refilled),
+      resetMs: part.resetMs - elapsedMs,
+    };
+  };
+  return {
+    atMs: nowMs,
+    ...(state.requests === undefined ? {} : { requests: later(state.requests) }),
+    ...(state.tokens === undefined ? {} : { tokens: later(state.tokens) }),
+  };
+}

@@ -1,0 +1,301 @@
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import { Gcra, SPAN_MS_MAX } from "../actors/gcra.ts";
+
+const MINUTE_MS = 60_000;
+
+/**
+ * The token bucket that GCRA stands for, in exact whole numbers: its level counts units × ns-per-period, so
+ * that a nanosecond adds exactly `limit` and a unit costs exactly `periodNs`.
+ */
+class Bucket {
+  readonly limit: bigint;
+  readonly periodNs: bigint;
+  readonly full: bigint;
+  level: bigint;
+  atNs = 0n;
+
+  constructor(limit: number, periodMs: number, burst: number) {
+    this.limit = BigInt(limit);
+    this.periodNs = BigInt(Math.round(periodMs * 1e6));
+    this.full = BigInt(burst) * this.periodNs;
+    this.level = this.full;
+  }
+
+  advance(nowMs: number): void {
+    const nowNs = BigInt(Math.round(nowMs * 1e6));
+    this.level += (nowNs - this.atNs) * this.limit;
+    this.atNs = nowNs;
+    if (this.level > this.full) this.level = this.full;
+  }
+
+  take(cost: number, nowMs: number): boolean {
+    this.advance(nowMs);
+    const level = this.level - BigInt(cost) * this.periodNs;
+    if (level < 0n) return false;
+    this.level = level;
+    return true;
+  }
+
+  settle(reserved: number, actual: number, nowMs: number): void {
+    this.advance(nowMs);
+    this.level += BigInt(reserved - actual) * this.periodNs;
+    if (this.level > this.full) this.level = this.full;
+  }
+
+  remaining(nowMs: number): number {
+    this.advance(nowMs);
+    return this.level < 0n ? 0 : Number(this.level / this.periodNs);
+  }
+}
+
+/** Time moves in µs, as the runtime's does. */
+const gapMs = fc.oneof(
+  fc.constant(0),
+  fc.integer({ min: 0, max: 5_000_000 }).map((us) => us / 1000),
+  fc.integer({ min: 0, max: 300_000 }),
+);
+const step = fc.oneof(
+  fc.record({ op: fc.constant("reserve" as const), gapMs, share: fc.double({ min: 0, max: 1.2, noNaN: true }) }),
+  fc.record({ op: fc.constant("settle" as const), gapMs, share: fc.double({ min: 0, max: 3, noNaN: true }) }),
+);
+
+describe("gcra", () => {
+  it("gcra: grants, refuses and remains just as an exact token bucket (T a whole number of ns)", () => {
+    // Divisors of 6·10¹⁰, so that one unit takes a whole number of ns and neither side rounds.
+    const limits = fc.constantFrom(1, 3, 10, 60, 100, 600, 6000, 150_000, 600_000, 1_000_000);
+    fc.assert(
+      fc.property(limits, fc.integer({ min: 1, max: 500 }), fc.array(step, { maxLength: 60 }), (limit, burst, steps) => {
+        const gcra = new Gcra(limit, MINUTE_MS, burst);
+        const bucket = new Bucket(limit, MINUTE_MS, burst);
+        const held: { cost: number; ns: number }[] = [];
+        let nowMs = 0;
+        for (const { op, gapMs, share } of steps) {
+          nowMs = Math.round((nowMs + gapMs) * 1000) / 1000;
+          if (op === "reserve") {
+            const cost = Math.round(share * burst);
+            const waitMs = gcra.reserve(cost, nowMs);
+            if (cost > burst) expect(waitMs).toBe(Number.POSITIVE_INFINITY);
+            else expect(waitMs === 0).toBe(bucket.take(cost, nowMs));
+            if (waitMs === 0) held.push({ cost, ns: gcra.spanNs(cost) });
+          } else {
+            const one = held.shift();
+            if (one === undefined) continue;
+            const actual = Math.round(one.cost * share);
+            gcra.settle(one.ns, actual, nowMs);
+            bucket.settle(one.cost, actual, nowMs);
+          }
+          expect(gcra.remaining(nowMs)).toBe(bucket.remaining(nowMs));
+        }
+      }),
+    );
+  });
+
+  it("gcra: grants over any time span ≤ rate · time + burst, exactly (any limit, burst and cost)", () => {
+    const any = fc.oneof(fc.integer({ min: 1, max: 100 }), fc.integer({ min: 1, max: 1_000_000_000 }));
+    fc.assert(
+      fc.property(
+        any,
+        any,
+        fc.array(fc.record({ gapMs, share: fc.double({ min: 0, max: 1, noNaN: true }) }), { maxLength: 60 }),
+        (limit, burst, calls) => {
+          const gcra = new Gcra(limit, MINUTE_MS, burst);
+          const granted: { atNs: bigint; cost: bigint }[] = [];
+          let nowMs = 0;
+          for (const call of calls) {
+            nowMs = Math.round((nowMs + call.gapMs) * 1000) / 1000;
+            const cost = Math.ceil(call.share * burst);
+            if (gcra.reserve(cost, nowMs) === 0)
+              granted.push({ atNs: BigInt(Math.round(nowMs * 1e6)), cost: BigInt(cost) });
+          }
+          const periodNs = BigInt(MINUTE_MS * 1e6);
+          for (let from = 0; from < granted.length; from++) {
+            let sum = 0n;
+            for (const grant of granted.slice(from)) {
+              sum += grant.cost;
+              const elapsedNs = grant.atNs - (granted[from]?.atNs ?? 0n);
+              const allowed = elapsedNs * BigInt(limit) + BigInt(burst) * periodNs;
+              expect(sum * periodNs <= allowed).toBe(true);
+            }
+          }
+        },
+      ),
+    );
+  });
+
+  it("gcra: what was used over all time ≤ rate · time + burst + one overrun (reservations settled)", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 100_000 }),
+        fc.integer({ min: 1, max: 1000 }),
+        fc.array(step, { maxLength: 80 }),
+        (limit, burst, steps) => {
+          const gcra = new Gcra(limit, MINUTE_MS, burst);
+          const held: { cost: number; ns: number }[] = [];
+          let used = 0;
+          let reserved = 0;
+          let nowMs = 0;
+          for (const { op, gapMs, share } of steps) {
+            nowMs = Math.round((nowMs + gapMs) * 1000) / 1000;
+            if (op === "reserve") {
+              const cost = Math.min(burst, Math.round(share * burst));
+              if (gcra.reserve(cost, nowMs) !== 0) continue;
+              held.push({ cost, ns: gcra.spanNs(cost) });
+              reserved += cost;
+              // A grant is where the limit binds; a debt made by a settlement only delays the next grant.
+              const allowed = (nowMs / MINUTE_MS) * limit + burst;
+              expect(used + reserved).toBeLessThanOrEqual(allowed + 1e-6);
+            } else {
+              const one = held.shift();
+              if (one === undefined) continue;
+              const actual = Math.round(one.cost * share);
+              gcra.settle(one.ns, actual, nowMs);
+              reserved -= one.cost;
+              used += actual;
+            }
+          }
+        },
+      ),
+    );
+  });
+
+  it("gcra: a refused caller passes after just the wait it was told, and not a µs before", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 1_000_000_000 }),
+        fc.integer({ min: 1, max: 1_000_000 }),
+        fc.integer({ min: 0, max: 100 * 86_400_000 }),
+        fc.double({ min: 0.01, max: 1, noNaN: true }),
+        (limit, burst, startMs, share) => {
+          const gcra = new Gcra(limit, MINUTE_MS, burst);
+          const cost = Math.ceil(share * Math.min(burst, gcra.remaining(startMs)));
+          while (gcra.reserve(cost, startMs) === 0);
+          const waitMs = gcra.waitMs(cost, startMs);
+          expect(waitMs).toBeGreaterThan(0);
+          // One µs is the clock's resolution; a double holds it (and no finer) at such uptimes.
+          if (waitMs > 0.002) expect(gcra.waitMs(cost, startMs + waitMs - 0.002)).toBeGreaterThan(0);
+          expect(gcra.reserve(cost, startMs + waitMs + (startMs > 2 ** 31 ? 1e-5 : 0))).toBe(0);
+        },
+      ),
+      { numRuns: 200 },
+    );
+  });
+
+  it("gcra: remaining is the largest cost that passes (any limit)", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 1_000_000_000 }),
+        fc.integer({ min: 1, max: 1_000_000_000 }),
+        fc.array(fc.double({ min: 0, max: 1, noNaN: true }), { maxLength: 8 }),
+        (limit, burst, shares) => {
+          const gcra = new Gcra(limit, MINUTE_MS, burst);
+          let nowMs = 1000;
+          for (const share of shares) {
+            gcra.reserve(Math.ceil(share * gcra.remaining(nowMs)), nowMs);
+            nowMs += 17.003;
+            const remaining = gcra.remaining(nowMs);
+            expect(gcra.waitMs(remaining, nowMs)).toBe(0);
+            expect(gcra.waitMs(remaining + 1, nowMs)).toBeGreaterThan(0);
+          }
+        },
+      ),
+    );
+  });
+
+  it("gcra: a refund leaves it as if nothing had been reserved (all of it, at once or later)", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 1_000_000 }),
+        fc.integer({ min: 2, max: 100_000 }),
+        fc.array(fc.integer({ min: 0, max: 60_000 }), { maxLength: 5 }),
+        fc.integer({ min: 0, max: 100_000 }),
+        (limit, burst, otherGapsMs, laterMs) => {
+          const touched = new Gcra(limit, MINUTE_MS, burst);
+          const untouched = new Gcra(limit, MINUTE_MS, burst);
+          let nowMs = 0;
+          for (const gapMs of otherGapsMs) {
+            nowMs += gapMs;
+            const cost = Math.ceil(burst / 3);
+            expect(touched.reserve(cost, nowMs)).toBe(untouched.reserve(cost, nowMs));
+          }
+          const cost = touched.remaining(nowMs);
+          const ns = touched.spanNs(cost);
+          expect(touched.reserve(cost, nowMs)).toBe(0);
+          touched.settle(ns, 0, nowMs + laterMs);
+          expect(touched.resetMs(nowMs + laterMs)).toBe(untouched.resetMs(nowMs + laterMs));
+          expect(touched.remaining(nowMs + laterMs)).toBe(untouched.remaining(nowMs + laterMs));
+        },
+      ),
+    );
+  });
+
+  it("gcra: a debt only delays the next call, and whole is never more than the burst", () => {
+    const gcra = new Gcra(60, MINUTE_MS, 10);
+    const ns = gcra.spanNs(5);
+    expect(gcra.reserve(5, 0)).toBe(0);
+    gcra.settle(ns, 25, 0); // 15 more than the bucket holds.
+    expect(gcra.remaining(0)).toBe(0);
+    expect(gcra.resetMs(0)).toBe(25_000);
+    expect(gcra.waitMs(1, 0)).toBe(16_000);
+    expect(gcra.reserve(1, 16_000)).toBe(0);
+    expect(gcra.remaining(1_000_000)).toBe(10);
+    expect(gcra.waitMs(11, 1_000_000)).toBe(Number.POSITIVE_INFINITY);
+  });
+
+  it("gcra: a changed limit keeps the time still to wait (60 to 600 a minute and back)", () => {
+    const gcra = new Gcra(60, MINUTE_MS, 10);
+    for (let i = 0; i < 10; i++) gcra.reserve(1, 0);
+    expect(gcra.resetMs(0)).toBe(10_000);
+    const reservedNs = gcra.spanNs(1);
+    gcra.configure(600, MINUTE_MS, 100);
+    expect(gcra.resetMs(0)).toBe(10_000);
+    expect(gcra.remaining(0)).toBe(0);
+    expect(gcra.remaining(5000)).toBe(50);
+    gcra.settle(reservedNs, 0, 0); // Gives back the whole second that it took, not a tenth of it.
+    expect(gcra.resetMs(0)).toBe(9000);
+    gcra.configure(60, MINUTE_MS, 5); // A burst smaller than what is owed.
+    expect(gcra.remaining(0)).toBe(0);
+    expect(gcra.waitMs(1, 0)).toBe(5000);
+  });
+
+  it("gcra: counts the same after any uptime (base moved along; ten years)", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 0, max: 10 * 365 * 86_400_000 }),
+        fc.array(fc.record({ gapMs: fc.integer({ min: 0, max: 20 * 86_400_000 }), cost: fc.integer({ min: 0, max: 50 }) }), {
+          maxLength: 30,
+        }),
+        (startMs, calls) => {
+          const early = new Gcra(7, 86_400_000, 50);
+          const late = new Gcra(7, 86_400_000, 50);
+          let elapsedMs = 0;
+          for (const { gapMs, cost } of calls) {
+            elapsedMs += gapMs;
+            expect(late.reserve(cost, startMs + elapsedMs)).toBe(early.reserve(cost, elapsedMs));
+            expect(late.remaining(startMs + elapsedMs)).toBe(early.remaining(elapsedMs));
+            expect(late.resetMs(startMs + elapsedMs)).toBe(early.resetMs(elapsedMs));
+          }
+        },
+      ),
+    );
+  });
+
+  it("gcra: no span exceeds 30 days (a burst that would take years, a debt without end)", () => {
+    const gcra = new Gcra(1, MINUTE_MS, 1_000_000_000);
+    const month = SPAN_MS_MAX / MINUTE_MS;
+    expect(gcra.remaining(0)).toBe(month);
+    expect(gcra.waitMs(month + 1, 0)).toBe(Number.POSITIVE_INFINITY);
+    expect(gcra.reserve(month, 0)).toBe(0);
+    gcra.settle(0, 1e12, 0);
+    expect(gcra.resetMs(0)).toBe(SPAN_MS_MAX);
+    expect(gcra.reserve(1, SPAN_MS_MAX)).toBe(0);
+  });
+
+  it("gcra: refuses limits that mean nothing (zero, fractions, a period out of range)", () => {
+    expect(() => new Gcra(0, MINUTE_MS, 1)).toThrow(/limit/);
+    expect(() => new Gcra(1.5, MINUTE_MS, 1)).toThrow(/limit/);
+    expect(() => new Gcra(1, MINUTE_MS, 0)).toThrow(/burst/);
+    expect(() => new Gcra(1, 0, 1)).toThrow(/periodMs/);
+    expect(() => new Gcra(1, 2 * SPAN_MS_MAX, 1)).toThrow(/periodMs/);
+  });
+});

@@ -1,0 +1,189 @@
+/**
+ * The bytes of requests and answers, beside the actors: `front` puts a request's body here and reads the
+ * answer; `upstream` sends the body and writes the answer. Actors only pass ids. Pure: no sockets.
+ *
+ * An `Answer` belongs to a flight (one upstream generation and everyone who waits for it). It keeps what has
+ * come so far, so that a late reader gets all of it, and tells readers and writer about pressure. The writer
+ * keeps the pace of the *fastest* reader: a slow one must not hold up the others, and is cut off ("overrun")
+ * once what it still wanted has been forgotten.
+ */
+import type { ErrorCode } from "../actors/errors.ts";
+import type { RequestId, Route } from "../actors/protocol.ts";
+
+/** What is sent to a node. */
+export type OutgoingRequest = {
+  method: string;
+  /** Path with query, e.g. "/v1/chat/completions". */
+  path: string;
+  /** Lower-case names; only those that may be forwarded. */
+  headers: Readonly<Record<string, string>>;
+  body: Uint8Array | null;
+  route: Route;
+  model?: string;
+  stream: boolean;
+  /** The client asked for `stream_options.include_usage` itself. */
+  wantsUsage: boolean;
+  /** May be kept in the cache if it ends well. */
+  storable: boolean;
+};
+
+export type AnswerHead = { status: number; contentType: string };
+
+/** "sse": events of a streamed generation. "whole": one JSON body. "raw": bytes of an unknown route. */
+export type AnswerForm = "sse" | "whole" | "raw";
+
+/** A piece of an answer. `usage`: the event that carries only token counts, not meant for every reader. */
+export type AnswerPart = { bytes: Uint8Array; usage: boolean };
+
+export type AnswerEnd = { ok: true } | { ok: false; code: ErrorCode };
+
+/** Bytes that the fastest reader may have unread before the writer pauses; it resumes at half. */
+const UNREAD_BYTES_MAX = 1 << 20;
+/** Forgotten parts are cut off the array once there are so many, so that forgetting stays O(1) each. */
+const FORGOTTEN_PARTS_KEPT = 256;
+
+export class Answer {
+  readonly form: AnswerForm;
+  readonly head: AnswerHead;
+  readonly #bytesMax: number;
+  readonly #readers = new Set<AnswerReader>();
+  #parts: AnswerPart[] = [];
+  #cut = 0; // Index of #parts[0]; parts up to #firstIndex are forgotten, and kept only until the next cut.
+  #firstIndex = 0; // Oldest part that can still be read: grows when an over-long answer forgets.
+  #bytesHeld = 0; // Of parts from #firstIndex on.
+  #bytesAppended = 0; // Of all parts ever: a reader's unread bytes are this less what it has read.
+  #end: AnswerEnd | null = null;
+  #onResume: (() => void) | null = null;
+
+  /** @param bytesMax what is kept for late readers; a longer answer can no longer be joined or stored. */
+  constructor(form: AnswerForm, head: AnswerHead, bytesMax: number) {
+    this.form = form;
+    this.head = head;
+    this.#bytesMax = bytesMax;
+  }
+
+  get end(): AnswerEnd | null {
+    return this.#end;
+  }
+
+  /** All parts from the first byte on, while none was forgotten. */
+  get parts(): readonly AnswerPart[] | null {
+    return this.#firstIndex === 0 ? this.#parts : null;
+  }
+
+  /**
+   * False when the writer should pause: nobody has room. `onResume` is then called once, from within a
+   * reader's turn: the writer must not append from inside it, but schedule its work.
+   */
+  append(part: AnswerPart, onResume: () => void): boolean {
+    if (this.#end !== null) return true;
+    this.#parts.push(part);
+    this.#bytesHeld += part.bytes.byteLength;
+    this.#bytesAppended += part.bytes.byteLength;
+    for (const reader of this.#readers) reader.wake();
+    if (this.#bytesHeld > this.#bytesMax) this.#forgetOldest();
+    if (this.#readers.size === 0 || this.#leastUnread() <= UNREAD_BYTES_MAX) return true;
+    this.#onResume = onResume;
+    return false;
+  }
+
+  finish(end: AnswerEnd): void {
+    if (this.#end !== null) return;
+    this.#end = end;
+    this.#onResume = null;
+    for (const reader of [...this.#readers]) reader.wake();
+  }
+
+  /** A reader from the first byte, or null when the beginning is gone. `onReadable` is called on new parts and at the end. */
+  read(onReadable: () => void): AnswerReader | null {
+    if (this.#firstIndex > 0) return null;
+    const reader = new AnswerReader(this, onReadable);
+    this.#readers.add(reader);
+    return reader;
+  }
+
+  /** For readers only. */
+  partAt(index: number): AnswerPart | undefined {
+    return this.#parts[index - this.#cut];
+  }
+
+  /** For readers only: has this reader been overtaken by forgetting? */
+  isForgotten(index: number): boolean {
+    return index < this.#firstIndex;
+  }
+
+  /** For readers only. */
+  progressed(): void {
+    if (this.#onResume === null || this.#leastUnread() > UNREAD_BYTES_MAX / 2) return;
+    const resume = this.#onResume;
+    this.#onResume = null;
+    resume();
+  }
+
+  /** For readers only. */
+  left(reader: AnswerReader): void {
+    if (this.#readers.delete(reader)) this.progressed();
+  }
+
+  /** 0 when nobody reads: a writer without readers is not held up. */
+  #leastUnread(): number {
+    let mostRead = this.#readers.size === 0 ? this.#bytesAppended : 0;
+    for (const reader of this.#readers) {
+      if (reader.bytesRead > mostRead) mostRead = reader.bytesRead;
+    }
+    return this.#bytesAppended - mostRead;
+  }
+
+  /** Drops the oldest parts until the bound holds; a reader that still wanted them is cut off. */
+  #forgetOldest(): void {
+    const endIndex = this.#cut + this.#parts.length;
+    while (this.#bytesHeld > this.#bytesMax && this.#firstIndex < endIndex - 1) {
+      this.#bytesHeld -= this.partAt(this.#firstIndex)?.bytes.byteLength ?? 0;
+      this.#firstIndex++;
+    }
+    if (this.#firstIndex - this.#cut >= FORGOTTEN_PARTS_KEPT) {
+      this.#parts = this.#parts.slice(this.#firstIndex - this.#cut);
+      this.#cut = this.#firstIndex;
+    }
+    for (const reader of [...this.#readers]) if (this.isForgotten(reader.index)) reader.wake();
+  }
+}
+
+/** One client's place in an answer. */
+export class AnswerReader {
+  readonly #answer: Answer;
+  readonly #onReadable: () => void;
+  index = 0;
+  bytesRead = 0;
+  constructor(answer: Answer, onReadable: () => void) {
+    this.#answer = answer;
+    this.#onReadable = onReadable;
+  }
+
+  wake(): void {
+    this.#onReadable();
+  }
+
+  /** The next part; "wait" until `onReadable`; "overrun" when this reader was too slow; or the end. */
+  next(): AnswerPart | AnswerEnd | "wait" | "overrun" {
+    if (this.#answer.isForgotten(this.index)) return "overrun";
+    const part = this.#answer.partAt(this.index);
+    if (part !== undefined) {
+      this.index++;
+      this.bytesRead += part.bytes.byteLength;
+      this.#answer.progressed();
+      return part;
+    }
+    return this.#answer.end ?? "wait";
+  }
+
+  close(): void {
+    this.#answer.left(this);
+  }
+}
+
+/** Requests and answers in flight in this process. Entries are removed by `upstream.forget`. */
+export class DataPlane {
+  readonly requests = new Map<RequestId, OutgoingRequest>();
+  readonly answers = new Map<RequestId, Answer>();
+}

@@ -1,0 +1,549 @@
+/**
+ * The client's side of every request, whatever carries it (HTTP, or a call in this process): reads and checks
+ * it, hands facts to the request actor and bytes to the data plane, and writes the answer.
+ *
+ * It is an edge actor: commands (`front.answer`, `front.attach`, `front.refuse`, …) arrive in its mailbox; the
+ * carrier calls `submit`, `drained` and `left` from outside. An exchange is waiting → answering → done; a
+ * client that leaves is reported once, in either of the first two.
+ */
+import type { Actor, ActorRef } from "../runtime/actor.ts";
+import type { AnswerFacts, FrontCommand } from "../actors/edges.ts";
+import type { ErrorCode } from "../actors/errors.ts";
+import type { LimitState, RequestFacts, RequestId, StoredAnswer } from "../actors/protocol.ts";
+import type { RequestMessage } from "../actors/request.ts";
+import type { Answer, AnswerEnd, AnswerReader, DataPlane } from "./data-plane.ts";
+import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
+import type { Tenant } from "./keys.ts";
+import { assembleAnswer, wholeToSse } from "./openai-answer.ts";
+import {
+  affinityKeyOf,
+  type BadRequest,
+  cacheKeyOf,
+  lowerPriority,
+  prefixBlocksOf,
+  type ReadRequest,
+  type RequestLimits,
+  readRequest,
+  routes,
+} from "./openai-request.ts";
+
+/** One request as its carrier has read it. Header names are lower-case. */
+export type Incoming = {
+  method: string;
+  /** Path without query. */
+  path: string;
+  /** Query with its "?", or "". */
+  query: string;
+  header(name: string): string | undefined;
+  body: Buffer;
+  /** Work of this process itself, in a tenant's name: no key is asked for. */
+  as?: Tenant;
+};
+
+/** Where an answer goes. `headers` is a flat list: name, value, name, value, … */
+export interface Sink {
+  /** A whole answer in one go. */
+  whole(status: number, headers: string[], body: Uint8Array): void;
+  head(status: number, headers: string[]): void;
+  /** False: wait for `Exchange.drained`. */
+  write(bytes: Uint8Array): boolean;
+  end(): void;
+  /** Cuts the answer off where it is, so that the client can tell it from an ended one. */
+  destroy(): void;
+}
+
+/** The carrier's handle on a submitted request. */
+export interface Exchange {
+  readonly requestId: RequestId;
+  drained(): void;
+  left(): void;
+}
+
+export type FrontOptions = {
+  requests: RequestLimits;
+  /** For a request that states no deadline, ms. */
+  requestTimeoutMs: number;
+  /** The longest deadline that a request may state, ms. */
+  requestTimeoutMsMax: number;
+  cacheEnabled: boolean;
+  /** Compute prefix-block hashes: only while a recording runs. */
+  recordsPrefixes: boolean;
+};
+
+export type FrontDeps = {
+  data: DataPlane;
+  nowMs: () => number;
+  /** Distinguishes request ids of this process from all others'. */
+  idPrefix: string;
+  requests: ActorRef<RequestMessage>;
+  post: <T>(to: ActorRef<T>, message: T) => void;
+  /** Who a key belongs to, or why not. */
+  authenticate: (key: string | undefined) => Tenant | ErrorCode;
+  /** Models that may be asked for; `complete` is false while a node has not told its models yet. */
+  models: () => { names: readonly string[]; complete: boolean };
+  /** A request that never became one: for metrics. */
+  onRefused: (code: ErrorCode, route: RequestFacts["route"]) => void;
+};
+
+type Open = {
+  readonly requestId: RequestId;
+  readonly sink: Sink;
+  readonly request: ReadRequest;
+  state: "waiting" | "answering" | "done";
+  reader: AnswerReader | null;
+  answer: Answer | null;
+  facts: AnswerFacts | null;
+  /** Bytes go on as they come; otherwise the answer is gathered first. */
+  passes: boolean;
+  /** The carrier has no room until `drained`. */
+  blocked: boolean;
+};
+
+/** Client headers that reach the node. */
+const forwarded = ["content-type", "accept", "traceparent", "tracestate", "openai-beta"] as const;
+const requestIdPattern = /^[A-Za-z0-9._-]{1,128}$/;
+
+export class Front implements Actor<FrontCommand> {
+  readonly #deps: FrontDeps;
+  readonly #open = new Map<RequestId, Open>();
+  /** Whole bodies made from streams, for those who joined a stream without streaming themselves. */
+  readonly #gathered = new WeakMap<Answer, Uint8Array>();
+  #options: FrontOptions;
+  #draining = false;
+  #sequence = 0;
+  #onIdle: (() => void) | null = null;
+
+  constructor(options: FrontOptions, deps: FrontDeps) {
+    this.#options = options;
+    this.#deps = deps;
+  }
+
+  configure(options: FrontOptions): void {
+    this.#options = options;
+  }
+
+  get openCount(): number {
+    return this.#open.size;
+  }
+
+  get draining(): boolean {
+    return this.#draining;
+  }
+
+  /** Refuses new requests from now on; resolves when the last open one is done. */
+  drain(): Promise<void> {
+    this.#draining = true;
+    if (this.#open.size === 0) return Promise.resolve();
+    return new Promise((resolve) => {
+      this.#onIdle = resolve;
+    });
+  }
+
+  /** Cuts every open request: what remains when the time to drain is over. */
+  cutAll(): void {
+    for (const open of [...this.#open.values()]) {
+      if (open.state === "waiting") this.#fail(open, "shutting_down");
+      else this.#breakOff(open, "shutting_down");
+      this.#tellLeft(open.requestId);
+    }
+  }
+
+  // ---- from the carrier ---------------------------------------------------------------------------------
+
+  /** Takes a request to its answer. Always answers through `sink`, also what is refused at once. */
+  submit(incoming: Incoming, sink: Sink): Exchange {
+    const requestId = this.#requestId(incoming.header("x-request-id"));
+    const route = routes[incoming.path] ?? "other";
+    const refuse = (bad: BadRequest): Exchange => {
+      this.#deps.onRefused(bad.code, route);
+      writeError(sink, bad.code, ["x-request-id", requestId], bad.message, bad.param);
+      return { requestId, drained() {}, left() {} };
+    };
+    if (this.#draining) return refuse(bad("shutting_down"));
+    const tenant = incoming.as ?? this.#deps.authenticate(keyOf(incoming));
+    if (typeof tenant === "string") return refuse(bad(tenant));
+    if (incoming.path === "/v1/models" && incoming.method === "GET") {
+      this.#answerModels(requestId, tenant, sink);
+      return { requestId, drained() {}, left() {} };
+    }
+    if (route !== "other" && incoming.method !== "POST") {
+      return refuse(bad("method_not_allowed", `${incoming.path} accepts POST, not ${incoming.method}`));
+    }
+    const request = readRequest(route, incoming.body, this.#options.requests);
+    if ("code" in request) return refuse(request);
+    const unusable = this.#unusableModel(request.model, tenant);
+    if (unusable !== undefined) return refuse(unusable);
+    const facts = this.#facts(requestId, request, tenant, incoming);
+    if ("code" in facts) return refuse(facts);
+    return this.#start(facts, request, incoming, sink);
+  }
+
+  #start(facts: RequestFacts, request: ReadRequest, incoming: Incoming, sink: Sink): Exchange {
+    const { requestId } = facts;
+    const open: Open = {
+      requestId,
+      sink,
+      request,
+      state: "waiting",
+      reader: null,
+      answer: null,
+      facts: null,
+      passes: false,
+      blocked: false,
+    };
+    this.#open.set(requestId, open);
+    const headers: Record<string, string> = {};
+    for (const name of forwarded) {
+      const value = incoming.header(name);
+      if (value !== undefined) headers[name] = value;
+    }
+    this.#deps.data.requests.set(requestId, {
+      method: incoming.method,
+      path: incoming.path + incoming.query,
+      headers,
+      body: incoming.body.length === 0 ? null : incoming.body,
+      route: facts.route,
+      ...(facts.model === undefined ? {} : { model: facts.model }),
+      stream: facts.stream,
+      wantsUsage: request.wantsUsage,
+      storable: facts.cacheKey !== undefined && facts.cacheWrite,
+    });
+    this.#deps.post(this.#deps.requests, { kind: "request.submit", facts });
+    return {
+      requestId,
+      drained: () => this.#onDrained(open),
+      left: () => this.#onLeft(open),
+    };
+  }
+
+  #facts(
+    requestId: RequestId,
+    request: ReadRequest,
+    tenant: Tenant,
+    incoming: Incoming,
+  ): RequestFacts | BadRequest {
+    const nowMs = this.#deps.nowMs();
+    const timeoutMs = headerMs(incoming, "x-request-timeout-ms");
+    if (typeof timeoutMs === "string") return bad("invalid_request", timeoutMs);
+    const firstTokenMs = headerMs(incoming, "x-slo-ttft-ms");
+    if (typeof firstTokenMs === "string") return bad("invalid_request", firstTokenMs);
+    const cacheControl = incoming.header("cache-control")?.toLowerCase() ?? "";
+    const session = incoming.header("x-session-id");
+    const bypass = this.#options.cacheEnabled ? request.cacheBypass : "cache is off";
+    const lifeMs = Math.min(
+      timeoutMs ?? this.#options.requestTimeoutMs,
+      this.#options.requestTimeoutMsMax,
+    );
+    return {
+      requestId,
+      tenant: tenant.tenant,
+      limitKey: tenant.limitKey,
+      limits: tenant.limits,
+      weight: tenant.weight,
+      priority: lowerPriority(tenant.priority, incoming.header("x-headrace-priority")),
+      route: request.route,
+      ...(request.model === undefined ? {} : { model: request.model }),
+      stream: request.stream,
+      ...(bypass === undefined
+        ? { cacheKey: cacheKeyOf(request, tenant.tenant) }
+        : { cacheBypass: bypass }),
+      cacheRead: !/no-cache/.test(cacheControl),
+      cacheWrite: !/no-store/.test(cacheControl),
+      ...(request.route === "other" ? {} : { affinityKey: affinityKeyOf(request, session) }),
+      promptTokens: request.promptTokens,
+      ...(request.maxTokens === undefined ? {} : { maxTokens: request.maxTokens }),
+      arrivedAtMs: nowMs,
+      deadlineAtMs: nowMs + lifeMs,
+      ...(firstTokenMs === undefined ? {} : { firstTokenMs }),
+      ...(this.#options.recordsPrefixes && request.route !== "other"
+        ? { prefix: prefixBlocksOf(request) }
+        : {}),
+      ...(session === undefined ? {} : { session }),
+    };
+  }
+
+  #unusableModel(model: string | undefined, tenant: Tenant): BadRequest | undefined {
+    if (model === undefined) return undefined;
+    if (tenant.models !== undefined && !tenant.models.includes(model)) {
+      return bad("model_not_allowed", `this key may not use the model ${quoted(model)}`, "model");
+    }
+    const { names, complete } = this.#deps.models();
+    if (names.includes(model) || !complete) return undefined;
+    const served = names.length === 0 ? "none" : names.slice(0, 20).map(quoted).join(", ");
+    return bad(
+      "model_not_found",
+      `the model ${quoted(model)} is not served here; served models: ${served}`,
+      "model",
+    );
+  }
+
+  #answerModels(requestId: RequestId, tenant: Tenant, sink: Sink): void {
+    const data = this.#deps
+      .models()
+      .names.filter((name) => tenant.models === undefined || tenant.models.includes(name))
+      .map((id) => ({ id, object: "model", created: 0, owned_by: "headrace" }));
+    const body = Buffer.from(JSON.stringify({ object: "list", data }));
+    sink.whole(
+      200,
+      ["content-type", "application/json", "content-length", `${body.length}`, "x-request-id", requestId],
+      body,
+    );
+  }
+
+  #requestId(wished: string | undefined): RequestId {
+    if (wished !== undefined && requestIdPattern.test(wished) && !this.#open.has(wished)) return wished;
+    return `${this.#deps.idPrefix}-${(this.#sequence++).toString(36)}`;
+  }
+
+  #onDrained(open: Open): void {
+    if (!open.blocked) return;
+    open.blocked = false;
+    this.#pump(open);
+  }
+
+  #onLeft(open: Open): void {
+    if (open.state === "done") return;
+    this.#done(open);
+    this.#tellLeft(open.requestId);
+  }
+
+  #tellLeft(requestId: RequestId): void {
+    this.#deps.post(this.#deps.requests, { kind: "request.client_left", requestId });
+  }
+
+  // ---- from the request actor -----------------------------------------------------------------------------
+
+  receive(message: FrontCommand): void {
+    switch (message.kind) {
+      case "front.answer":
+        return this.#onAnswer(message.requestId, message.answer, message.facts);
+      case "front.attach":
+        return this.#onAttach(message.requestId, message.flightId, message.facts);
+      case "front.refuse": {
+        const open = this.#open.get(message.requestId);
+        if (open === undefined || open.state !== "waiting") return;
+        return this.#fail(open, message.code, message.message, message.retryAfterMs, message.facts);
+      }
+      case "front.forget":
+        this.#deps.data.requests.delete(message.requestId);
+        this.#deps.data.answers.delete(message.requestId);
+        return;
+      case "front.requests_lost":
+        for (const open of [...this.#open.values()]) {
+          if (open.state === "waiting") this.#fail(open, "internal");
+          else this.#breakOff(open, "internal");
+        }
+        this.#deps.data.requests.clear();
+        this.#deps.data.answers.clear();
+        return;
+    }
+  }
+
+  #onAnswer(requestId: RequestId, answer: StoredAnswer, facts: AnswerFacts): void {
+    const open = this.#open.get(requestId);
+    if (open === undefined || open.state !== "waiting") return;
+    open.state = "answering";
+    if (!open.request.stream) return this.#sendWhole(open, 200, "application/json", answer.body, facts);
+    this.#sendAsStream(open, answer.body, facts);
+  }
+
+  #onAttach(requestId: RequestId, flightId: RequestId, facts: AnswerFacts): void {
+    const open = this.#open.get(requestId);
+    if (open === undefined || open.state !== "waiting") return;
+    const answer = this.#deps.data.answers.get(flightId);
+    const reader = answer?.read(() => {
+      if (!open.blocked) this.#pump(open);
+    });
+    if (answer === undefined || reader === null || reader === undefined) {
+      return this.#fail(open, "internal", "the shared answer is no longer whole");
+    }
+    open.state = "answering";
+    open.reader = reader;
+    open.answer = answer;
+    open.facts = facts;
+    const { form, head } = answer;
+    open.passes = form === "raw" || (form === "sse" && open.request.stream);
+    if (open.passes) {
+      const headers = this.#headers(open, facts);
+      headers.push("content-type", head.contentType);
+      if (form === "sse") headers.push("cache-control", "no-cache", "x-accel-buffering", "no");
+      open.sink.head(head.status, headers);
+    }
+    this.#pump(open);
+  }
+
+  // ---- delivery -------------------------------------------------------------------------------------------
+
+  /** Moves what has come: straight on, or (when the forms differ) once all of it is there. */
+  #pump(open: Open): void {
+    const { reader, answer } = open;
+    if (reader === null || answer === null || open.state !== "answering") return;
+    if (!open.passes) {
+      if (answer.end !== null) this.#deliverEnded(open, answer, answer.end);
+      return;
+    }
+    for (;;) {
+      const next = reader.next();
+      if (next === "wait") return;
+      if (next === "overrun") return this.#cutSlowReader(open);
+      if ("bytes" in next) {
+        if (next.usage && !open.request.wantsUsage) continue;
+        if (open.sink.write(next.bytes)) continue;
+        open.blocked = true;
+        return;
+      }
+      if (!next.ok) return this.#breakOff(open, next.code);
+      open.sink.end();
+      return this.#done(open);
+    }
+  }
+
+  /** The client wants another form than the flight has: whole from a stream, or a stream from whole. */
+  #deliverEnded(open: Open, answer: Answer, end: AnswerEnd): void {
+    const facts = open.facts ?? { cache: "bypass", attempts: 0, queuedMs: 0 };
+    if (!end.ok) return this.#fail(open, end.code, undefined, undefined, facts);
+    const parts = answer.parts;
+    if (parts === null) return this.#fail(open, "internal", "the answer was too long to be gathered");
+    if (answer.form === "whole") {
+      const body = parts[0]?.bytes ?? new Uint8Array(0);
+      if (open.request.stream && answer.head.status === 200) return this.#sendAsStream(open, body, facts);
+      return this.#sendWhole(open, answer.head.status, answer.head.contentType, body, facts);
+    }
+    let body = this.#gathered.get(answer);
+    if (body === undefined) {
+      const whole = assembleAnswer(open.request.route, parts);
+      if (whole.body === undefined) return this.#fail(open, "upstream_bad_answer", undefined, undefined, facts);
+      body = whole.body;
+      this.#gathered.set(answer, body);
+    }
+    this.#sendWhole(open, 200, "application/json", body, facts);
+  }
+
+  #sendWhole(open: Open, status: number, type: string, body: Uint8Array, facts: AnswerFacts): void {
+    const headers = this.#headers(open, facts);
+    headers.push("content-type", type, "content-length", String(body.byteLength));
+    open.sink.whole(status, headers, body);
+    this.#done(open);
+  }
+
+  #sendAsStream(open: Open, body: Uint8Array, facts: AnswerFacts): void {
+    const headers = this.#headers(open, facts);
+    headers.push("content-type", "text/event-stream; charset=utf-8", "cache-control", "no-cache");
+    open.sink.head(200, headers);
+    const events = wholeToSse(open.request.route, body, { includeUsage: open.request.wantsUsage });
+    for (const event of events) open.sink.write(event); // At most one stored answer: bounded.
+    open.sink.end();
+    this.#done(open);
+  }
+
+  /** No byte has gone out: a proper error. */
+  #fail(
+    open: Open,
+    code: ErrorCode,
+    message?: string,
+    retryAfterMs?: number,
+    facts?: AnswerFacts,
+  ): void {
+    writeError(open.sink, code, this.#headers(open, facts), message, undefined, retryAfterMs);
+    this.#done(open);
+  }
+
+  /** Bytes are out: an error event where the form allows it, and an end that no client takes for a good one. */
+  #breakOff(open: Open, code: ErrorCode): void {
+    if (open.passes && open.answer?.form === "sse") {
+      open.sink.write(Buffer.from(`data: ${JSON.stringify(errorBody(code))}\n\n`));
+      open.sink.end(); // Without [DONE].
+    } else open.sink.destroy();
+    this.#done(open);
+  }
+
+  #cutSlowReader(open: Open): void {
+    open.sink.destroy();
+    this.#done(open);
+    this.#tellLeft(open.requestId);
+  }
+
+  #done(open: Open): void {
+    open.state = "done";
+    open.reader?.close();
+    open.reader = null;
+    open.answer = null;
+    this.#open.delete(open.requestId);
+    if (this.#open.size === 0 && this.#onIdle !== null) this.#onIdle();
+  }
+
+  #headers(open: Open, facts?: AnswerFacts): string[] {
+    const headers = ["x-request-id", open.requestId];
+    if (facts === undefined) return headers;
+    headers.push("x-headrace-cache", cacheHeader(facts));
+    headers.push("x-headrace-attempts", String(facts.attempts));
+    if (facts.node !== undefined) headers.push("x-headrace-node", facts.node);
+    if (facts.queuedMs > 0) headers.push("x-headrace-queue-ms", String(Math.round(facts.queuedMs)));
+    if (facts.ageMs !== undefined) headers.push("age", String(Math.floor(facts.ageMs / 1000)));
+    if (facts.limits !== undefined) pushLimits(headers, facts.limits);
+    return headers;
+  }
+}
+
+function bad(code: ErrorCode, message?: string, param?: string): BadRequest {
+  return { code, message: message ?? "", ...(param === undefined ? {} : { param }) };
+}
+
+function writeError(
+  sink: Sink,
+  code: ErrorCode,
+  headers: string[],
+  message?: string,
+  param?: string,
+  retryAfterMs?: number,
+): void {
+  const text = message === undefined || message === "" ? undefined : message;
+  const body = Buffer.from(JSON.stringify(errorBody(code, text, param)));
+  headers.push("content-type", "application/json", "content-length", String(body.length));
+  for (const [name, value] of Object.entries(errorHeaders(code, retryAfterMs))) headers.push(name, value);
+  sink.whole(httpErrors[code].status, headers, body);
+}
+
+function keyOf(incoming: Incoming): string | undefined {
+  const authorization = incoming.header("authorization");
+  if (authorization !== undefined && /^bearer /i.test(authorization)) return authorization.slice(7).trim();
+  return authorization ?? incoming.header("api-key") ?? incoming.header("x-api-key");
+}
+
+/** A positive number of ms, absent, or (as text) what is wrong with it. */
+function headerMs(incoming: Incoming, name: string): number | undefined | string {
+  const text = incoming.header(name);
+  if (text === undefined) return undefined;
+  const value = Number(text);
+  if (Number.isFinite(value) && value > 0) return value;
+  return `the header ${name} must be a number of milliseconds greater than 0`;
+}
+
+function cacheHeader(facts: AnswerFacts): string {
+  if (facts.similarity !== undefined) return `hit-semantic; similarity=${facts.similarity.toFixed(4)}`;
+  return facts.cache.replace("_", "-");
+}
+
+/** OpenAI's header names; resets as Go durations ("1s", "6m0s", "120ms"). */
+function pushLimits(headers: string[], limits: LimitState): void {
+  for (const kind of ["requests", "tokens"] as const) {
+    const part = limits[kind];
+    if (part === undefined) continue;
+    headers.push(`x-ratelimit-limit-${kind}`, String(part.limit));
+    headers.push(`x-ratelimit-remaining-${kind}`, String(Math.max(0, part.remaining)));
+    headers.push(`x-ratelimit-reset-${kind}`, goDuration(part.resetMs));
+  }
+}
+
+function goDuration(ms: number): string {
+  if (ms < 1000) return `${Math.ceil(ms)}ms`;
+  const seconds = Math.ceil(ms / 1000);
+  if (seconds < 60) return `${seconds}s`;
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes}m${seconds % 60}s`;
+  return `${Math.floor(minutes / 60)}h${minutes % 60}m${seconds % 60}s`;
+}
+
+function quoted(name: string): string {
+  return JSON.stringify(name);
+}

@@ -1,0 +1,145 @@
+/**
+ * Fills the cache from a file of prompts before (and beside) live traffic: a bounded number in flight, lowest
+ * priority, through the same chain as every request, so that what is cached already costs nothing.
+ *
+ * A line is a prompt as plain text, or a JSON chat request. Empty lines and lines that start with "#" are left
+ * out.
+ */
+import { createReadStream } from "node:fs";
+import { createInterface } from "node:readline";
+import type { Front, Incoming, Sink } from "./front.ts";
+import type { Tenant } from "./keys.ts";
+
+export type WarmupOptions = {
+  file: string;
+  /** Prompts in flight at once, 1…. */
+  inflightMax: number;
+  tenant: Tenant;
+  /** For lines that name no model. */
+  model: string;
+  onProgress?: (report: WarmupReport) => void;
+  /** Ends the warm-up early; what is in flight is awaited. */
+  signal?: AbortSignal;
+};
+
+export type WarmupReport = {
+  done: number;
+  /** Newly generated and stored, or on the way to be. */
+  filled: number;
+  /** Were in the cache already. */
+  present: number;
+  /** Line number and reason, without the prompt. */
+  failures: { line: number; reason: string }[];
+};
+
+/** @throws when the file cannot be read. A prompt that fails is listed, not thrown. */
+export async function warmUp(front: Front, options: WarmupOptions): Promise<WarmupReport> {
+  const report: WarmupReport = { done: 0, filled: 0, present: 0, failures: [] };
+  const running = new Set<Promise<void>>();
+  const input = createReadStream(options.file, "utf8");
+  const opened = new Promise<void>((resolve, reject) => {
+    input.once("open", () => resolve());
+    input.once("error", reject);
+  });
+  await opened;
+  let line = 0;
+  for await (const text of createInterface({ input, crlfDelay: Number.POSITIVE_INFINITY })) {
+    line++;
+    if (options.signal?.aborted === true) break;
+    const prompt = text.trim();
+    if (prompt === "" || prompt.startsWith("#")) continue;
+    while (running.size >= options.inflightMax) await Promise.race(running);
+    const one = warmOne(front, prompt, line, options, report).finally(() => running.delete(one));
+    running.add(one);
+  }
+  await Promise.all(running);
+  return report;
+}
+
+async function warmOne(
+  front: Front,
+  prompt: string,
+  line: number,
+  options: WarmupOptions,
+  report: WarmupReport,
+): Promise<void> {
+  const body = bodyOf(prompt, options.model);
+  const outcome =
+    body === null
+      ? { status: 400, cache: "", reason: "the line is not a JSON object" }
+      : await submit(front, body, options.tenant);
+  report.done++;
+  if (outcome.status !== 200) report.failures.push({ line, reason: outcome.reason });
+  else if (outcome.cache.startsWith("hit")) report.present++;
+  else report.filled++;
+  options.onProgress?.(report);
+}
+
+function bodyOf(prompt: string, model: string): Buffer | null {
+  if (!prompt.startsWith("{")) {
+    return Buffer.from(JSON.stringify({ model, messages: [{ role: "user", content: prompt }] }));
+  }
+  try {
+    const request = JSON.parse(prompt) as Record<string, unknown>;
+    return Buffer.from(JSON.stringify({ model, ...request, stream: false, stream_options: undefined }));
+  } catch {
+    return null;
+  }
+}
+
+type Outcome = { status: number; cache: string; reason: string };
+
+function submit(front: Front, body: Buffer, tenant: Tenant): Promise<Outcome> {
+  return new Promise((resolve) => {
+    const incoming: Incoming = {
+      method: "POST",
+      path: "/v1/chat/completions",
+      query: "",
+      header: (name) => (name === "x-headrace-priority" ? "batch" : headers[name]),
+      body,
+      as: tenant,
+    };
+    front.submit(incoming, new OutcomeSink(resolve));
+  });
+}
+
+const headers: Readonly<Record<string, string>> = { "content-type": "application/json" };
+
+/** Keeps what a warm-up needs of an answer: its status, its cache verdict, its error code. */
+class OutcomeSink implements Sink {
+  readonly #resolve: (outcome: Outcome) => void;
+
+  constructor(resolve: (outcome: Outcome) => void) {
+    this.#resolve = resolve;
+  }
+
+  whole(status: number, flat: string[], body: Uint8Array): void {
+    const at = flat.indexOf("x-headrace-cache");
+    const cache = at < 0 ? "" : (flat[at + 1] ?? "");
+    this.#resolve({ status, cache, reason: status === 200 ? "" : reasonOf(status, body) });
+  }
+
+  // A request that does not stream is always answered whole, but for an answer that breaks off.
+  head(): void {}
+
+  write(): boolean {
+    return true;
+  }
+
+  end(): void {
+    this.destroy();
+  }
+
+  destroy(): void {
+    this.#resolve({ status: 502, cache: "", reason: "the answer was cut off" });
+  }
+}
+
+function reasonOf(status: number, body: Uint8Array): string {
+  try {
+    const error = JSON.parse(Buffer.from(body).toString("utf8")).error as { code?: string };
+    return `status ${status}, ${error.code ?? "no code"}`;
+  } catch {
+    return `status ${status}`;
+  }
+}
