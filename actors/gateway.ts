@@ -4,9 +4,9 @@
  *
  *   headrace
  *   ├── edges      front, upstream, scraper, store: whose inside is I/O, or a model
- *   ├── nodes      one GpuNodeActor per inference node
  *   ├── cache      CacheActors, sharded by key
  *   ├── limiter    RateLimiterActor
+ *   ├── nodes      one GpuNodeActor per inference node
  *   ├── router     RouterActor
  *   └── requests   RequestActor
  *
@@ -16,7 +16,183 @@ import type { Actor, ActorRef, ChildSpec, SupervisorSpec } from "../runtime/acto
 import { CacheActor, type CacheMessage, type CacheOptions } from "./cache.ts";
 import type { FrontCommand, ScraperCommand, StoreCommand, UpstreamCommand } from "./edges.ts";
 import { GpuNodeActor, type GpuNodeMessage, type GpuNodeOptions } from "./gpu-node.ts";
-import type { NodeId, NodeSnapshot } from "./protocol.ts";
-import { RateLimiterActor, type RateLimiterMessage, type RateLimiterOptions } from "./rate-limiter.ts";
+import type { NodeId } from "./protocol.ts";
+import {
+  RateLimiterActor,
+  type RateLimiterMessage,
+  type RateLimiterOptions,
+} from "./rate-limiter.ts";
 import { RequestActor, type RequestMessage, type RequestOptions } from "./request.ts";
 import { RouterActor, type RouterMessage, type RouterOptions } from "./router.ts";
+
+/** What the caller decides for one node; addresses of other actors are filled in here. */
+export type NodeSettings = Omit<GpuNodeOptions, "upstream" | "scraper" | "routers">;
+
+export type GatewaySettings = {
+  /** Cache actors, 1…4096. */
+  cacheShards: number;
+  cache: Omit<CacheOptions, "store">;
+  limiter: RateLimiterOptions;
+  router: Omit<RouterOptions, "node" | "nodes">;
+  requests: RequestOptions;
+  /** Nodes at the start; more come and go by `spawn` and `stop`. */
+  nodes: readonly NodeSettings[];
+};
+
+/** How the edges are made: live, with I/O inside; in simulation, with models. */
+export type EdgeFactories = {
+  front: () => Actor<FrontCommand>;
+  upstream: () => Actor<UpstreamCommand>;
+  scraper: () => Actor<ScraperCommand>;
+  /** Absent: the cache lives in memory only. */
+  store?: () => Actor<StoreCommand>;
+};
+
+/** Makes a named ref: `system.ref`. */
+type MakeRef = <M>(path: string) => ActorRef<M>;
+
+/** Addresses of the actors of one process. */
+export class GatewayRefs {
+  readonly front: ActorRef<FrontCommand>;
+  readonly upstream: ActorRef<UpstreamCommand>;
+  readonly scraper: ActorRef<ScraperCommand>;
+  readonly store: ActorRef<StoreCommand>;
+  readonly cacheShards: readonly ActorRef<CacheMessage>[];
+  readonly limiter: ActorRef<RateLimiterMessage>;
+  readonly router: ActorRef<RouterMessage>;
+  readonly requests: ActorRef<RequestMessage>;
+  readonly #makeRef: MakeRef;
+  readonly #nodes = new Map<NodeId, ActorRef<GpuNodeMessage>>();
+
+  constructor(makeRef: MakeRef, cacheShards: number) {
+    this.#makeRef = makeRef;
+    this.front = makeRef("headrace/edges/front");
+    this.upstream = makeRef("headrace/edges/upstream");
+    this.scraper = makeRef("headrace/edges/scraper");
+    this.store = makeRef("headrace/edges/store");
+    this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`headrace/cache/${i}`));
+    this.limiter = makeRef("headrace/limiter");
+    this.router = makeRef("headrace/router");
+    this.requests = makeRef("headrace/requests");
+  }
+
+  node(node: NodeId): ActorRef<GpuNodeMessage> {
+    let ref = this.#nodes.get(node);
+    if (ref === undefined) {
+      ref = this.#makeRef<GpuNodeMessage>(`headrace/nodes/${node}`);
+      this.#nodes.set(node, ref);
+    }
+    return ref;
+  }
+
+  /** Nodes that were ever addressed and not forgotten. */
+  nodes(): readonly NodeId[] {
+    return [...this.#nodes.keys()];
+  }
+
+  forgetNode(node: NodeId): void {
+    this.#nodes.delete(node);
+  }
+
+  /** The shard that owns a cache key (hex): its first 12 bits name one of 4096 buckets. */
+  cache(key: string): ActorRef<CacheMessage> {
+    const bucket = Number.parseInt(key.slice(0, 3), 16);
+    const shard = this.cacheShards[bucket % this.cacheShards.length];
+    return shard ?? this.#makeRef("headrace/cache/0");
+  }
+}
+
+export const NODES_PATH = "headrace/nodes";
+
+/** One actor's mail under load: every open request may have a few messages under way. */
+const REQUESTS_MAILBOX_MAX = 65_536;
+
+export function gatewayTree(
+  settings: GatewaySettings,
+  refs: GatewayRefs,
+  edges: EdgeFactories,
+): SupervisorSpec {
+  const { store } = edges;
+  const cache: CacheOptions = {
+    ...settings.cache,
+    bytesMax: Math.floor(settings.cache.bytesMax / settings.cacheShards),
+    ...(store === undefined ? {} : { store: refs.store }),
+  };
+  return supervisor("headrace", 3, 60_000, [
+    supervisor("edges", 10, 60_000, [
+      actor<FrontCommand>("front", edges.front),
+      actor<UpstreamCommand>("upstream", edges.upstream),
+      actor<ScraperCommand>("scraper", edges.scraper),
+      ...(store === undefined ? [] : [actor<StoreCommand>("store", store)]),
+    ]),
+    supervisor(
+      "cache",
+      10,
+      60_000,
+      refs.cacheShards.map((_, i) => actor<CacheMessage>(String(i), () => new CacheActor(cache))),
+    ),
+    actor<RateLimiterMessage>("limiter", () => new RateLimiterActor(settings.limiter)),
+    supervisor(
+      "nodes",
+      Math.max(10, 2 * settings.nodes.length),
+      60_000,
+      settings.nodes.map((node) => nodeSpec(node, refs)),
+    ),
+    actor<RouterMessage>(
+      "router",
+      () =>
+        new RouterActor({
+          ...settings.router,
+          node: (node) => refs.node(node),
+          nodes: () => refs.nodes(),
+        }),
+    ),
+    actor<RequestMessage>("requests", () => new RequestActor(settings.requests, requestRefs(refs))),
+  ]);
+}
+
+/** The child that stands for one inference node. */
+export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNodeMessage> {
+  refs.node(node.node); // From now on the node is known by name.
+  return actor<GpuNodeMessage>(
+    node.node,
+    () =>
+      new GpuNodeActor({
+        ...node,
+        upstream: refs.upstream,
+        scraper: refs.scraper,
+        routers: [refs.router],
+      }),
+  );
+}
+
+function requestRefs(refs: GatewayRefs) {
+  return {
+    cache: (key: string) => refs.cache(key),
+    cacheShards: refs.cacheShards,
+    limiter: refs.limiter,
+    router: refs.router,
+    node: (node: NodeId) => refs.node(node),
+    nodes: () => refs.nodes(),
+    upstream: refs.upstream,
+    front: refs.front,
+  };
+}
+
+function supervisor(
+  id: string,
+  intensity: number,
+  periodMs: number,
+  children: SupervisorSpec["children"],
+): SupervisorSpec {
+  return { id, strategy: "one_for_one", intensity, periodMs, children };
+}
+
+function actor<M>(id: string, start: () => Actor<M>): ChildSpec<M> {
+  return {
+    id,
+    start,
+    restart: "permanent",
+    mailbox: { max: REQUESTS_MAILBOX_MAX, overflow: { kind: "reject" } },
+  };
+}

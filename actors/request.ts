@@ -72,7 +72,7 @@ export type RequestOptions = {
   attemptsMax: number;
   backoffBaseMs: number;
   backoffMaxMs: number;
-  /** Least time that a first token may take; the pool's own 3 · p95 raises it. */
+  /** Least time that a first token may take; three times the model's own p95 raises it. */
   firstTokenMs: number;
   stallMs: number;
   totalMs: number;
@@ -135,6 +135,8 @@ type Request = {
 
 /** Last limit state per key, for the headers of answers that asked no limiter (cache hits). */
 const LIMIT_STATES_MAX = 4096;
+/** Multiple of the p95 of the same size of prompt that a first token may take. */
+const FIRST_TOKEN_FACTOR = 3;
 /** A second ask of a router that crashed under the first. */
 const ROUTER_CRASHES_MAX = 1;
 
@@ -430,7 +432,7 @@ export class RequestActor implements Actor<RequestMessage> {
 
   #firstTokenMs(facts: RequestFacts): number {
     const p95Ms = this.#ttft.p95Ms(facts.model ?? "", facts.promptTokens);
-    return Math.max(this.#options.firstTokenMs, 3 * p95Ms);
+    return Math.max(this.#options.firstTokenMs, FIRST_TOKEN_FACTOR * p95Ms);
   }
 
   #giveBackLease(node: NodeId, leaseId: LeaseId, context: Context<RequestMessage>): void {

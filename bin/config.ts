@@ -1,6 +1,6 @@
 /**
- * The commands `headrace check-config` and `headrace config-reference`, and the flags by which every command that
- * runs a gateway takes its configuration.
+ * The commands `headrace check-config` and `headrace config-reference`, and the flags by which
+ * every command that runs a gateway takes its configuration.
  */
 import { Command } from "commander";
 import {
@@ -29,7 +29,10 @@ type ConfigFlags = Partial<Record<(typeof optionFlags)[number]["name"], string>>
   set?: string[];
 };
 
-/** Adds --config, --node, --set and the flags of the commonest options. Read them with `configSources`. */
+/**
+ * Adds --config, --node, --set and the flags of the commonest options. Read them with
+ * `configSources`.
+ */
 export function withConfigFlags(command: Command): Command {
   const collect = (value: string, before: string[] | undefined): string[] => [
     ...(before ?? []),
@@ -60,7 +63,9 @@ export function configSources(command: Command, env: ConfigSources["env"]): Conf
   return { env, flags, ...(given.config !== undefined && { file: given.config }) };
 }
 
-/** Loads the configuration of a command, or ends it: every problem on standard error, exit status 2. */
+/**
+ * Loads the configuration of a command, or ends it: every problem on standard error, exit status 2.
+ */
 export async function loadConfigOrExit(command: Command): ReturnType<typeof loadConfig> {
   try {
     return await loadConfig(configSources(command, process.env));
@@ -72,7 +77,10 @@ export async function loadConfigOrExit(command: Command): ReturnType<typeof load
   }
 }
 
-/** `headrace check-config`: prints every option, its value and its source; exit status 2 if anything is wrong. */
+/**
+ * `headrace check-config`: prints every option, its value and its source; exit status 2 if anything
+ * is wrong.
+ */
 export function checkConfigCommand(): Command {
   const command = new Command("check-config").description(
     "check the configuration and print every option with its value and where it comes from",

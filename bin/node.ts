@@ -37,12 +37,12 @@ export function nodeCommand(): Command {
     .option("--port <port>", "port to listen on (0 = any free one)", wholeNumber(0, 65_535), 9001)
     .option("--host <host>", "address to listen on", "127.0.0.1")
     .option("--model <name...>", "model names to serve", ["llama-3.1-8b"])
-    .option("--name <name>", "shown as system_fingerprint (default: node-<port>)")
+    .option("--name <name>", "shown as system_fingerprint (default: from the port)")
     .option("--law <law>", `step-time law, one of: ${lawNames().join(", ")}`, law)
-    .option("--speed <factor>", "how many times as fast as the real card", number(0, 10_000), 1)
+    .option("--speed <factor>", "how many times as fast as the real card, up to 10000", Number, 1)
     .option("--kv-blocks <count>", "KV memory in blocks of 16 tokens", wholeNumber(1, 1e9))
     .option("--api-key <key>", "ask for `authorization: Bearer <key>` on /v1")
-    .option("--fail-rate <share>", "share of requests answered with an error, 0..1", number(0, 1))
+    .option("--fail-rate <share>", "share of requests answered with an error, 0..1", Number)
     .option("--fail-status <status>", "status of these errors (default: 503)", Number)
     .option("--fail-delay-ms <ms>", "delay before these errors (default: 5)", Number)
     .option("--fail-retry-after-s <s>", "retry-after of these errors", Number)
@@ -64,15 +64,18 @@ async function run(flags: Flags, fault: NodeFault, command: Command): Promise<vo
   const kvBlocks = flags.kvBlocks ?? flags.law.kvBlocks;
   const blocksMax = Math.ceil((kvBlocks * KV_BLOCK_TOKENS) / PREFIX_BLOCK_TOKENS);
   const prefix = { blockTokens: PREFIX_BLOCK_TOKENS, blocksMax };
-  const server = new NodeServer({
-    engine: new GpuNodeModel({ law: flags.law, mode: "leap", kvBlocks, prefix }),
-    models: flags.model,
-    name: flags.name ?? `node-${flags.port}`,
-    speed: flags.speed,
-    ...(flags.apiKey === undefined ? {} : { apiKey: flags.apiKey }),
-  });
+  // Nodes on ports of the system's choice are told apart by their process.
+  const name = flags.name ?? `node-${flags.port === 0 ? process.pid : flags.port}`;
+  let server: NodeServer;
   let listening: { port: number; url: string };
   try {
+    server = new NodeServer({
+      engine: new GpuNodeModel({ law: flags.law, mode: "leap", kvBlocks, prefix }),
+      models: flags.model,
+      name,
+      speed: flags.speed,
+      ...(flags.apiKey === undefined ? {} : { apiKey: flags.apiKey }),
+    });
     listening = await server.listen(flags.port, flags.host);
   } catch (error) {
     return command.error(`error: ${error instanceof Error ? error.message : String(error)}`);
@@ -121,18 +124,11 @@ function law(name: string): StepLaw {
   }
 }
 
-function number(above: number, most: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (text.trim() !== "" && value >= above && value <= most) return value;
-    throw new InvalidArgumentError(`it must be a number from ${above} to ${most}.`);
-  };
-}
-
 function wholeNumber(least: number, most: number): (text: string) => number {
   return (text) => {
-    const value = number(least, most)(text);
-    if (Number.isInteger(value)) return value;
-    throw new InvalidArgumentError(`it must be a whole number from ${least} to ${most}.`);
+    const value = Number(text);
+    const isFine = text.trim() !== "" && Number.isInteger(value) && value >= least && value <= most;
+    if (isFine) return value;
+    throw new InvalidArgumentError(`It must be a whole number from ${least} to ${most}.`);
   };
 }

@@ -17,7 +17,9 @@ export interface Actor<M> {
 
 /**
  * The address of an actor: plain data, may travel in messages. A ref with `uid` 0 is a name, resolved at
- * delivery to whatever incarnation lives there; any other `uid` reaches only that incarnation.
+ * delivery to whatever incarnation lives there; any other `uid` reaches only that incarnation, which ends with a
+ * restart too. Keep names (from `spawn` and the host) for talking to an actor; hand out `context.self` where an
+ * answer to a later incarnation would make no sense.
  */
 export interface ActorRef<in M> {
   readonly path: string;
@@ -44,7 +46,10 @@ export type AskFailure =
 
 export type AskOutcome<R> = { ok: true; value: R } | { ok: false; failure: AskFailure };
 
-/** What a watcher is told, exactly once per watch. */
+/**
+ * What a watcher is told, exactly once per watch. "failed" is a crash, also when a restart follows: what was
+ * watched is the incarnation. `uid` is 0 for "noproc" by name.
+ */
 export type Terminated = {
   path: string;
   uid: number;
@@ -72,15 +77,29 @@ export interface Context<M> {
   ): void;
   /** Answers an ask, now or in a later turn. */
   reply<R>(to: ReplyTo<R>, value: R): void;
-  /** One timer per key: starting replaces. Cancelled by restart and stop. `afterMs` ≥ 0. */
+  /**
+   * One timer per key: starting replaces. Cancelled by restart and stop. `afterMs` ≥ 0. Timers due, like asks
+   * timed out, are handled before other waiting mail.
+   */
   startTimer(key: string, afterMs: number, message: M): void;
   cancelTimer(key: string): void;
-  /** Exactly one `adapt(terminated)` comes back, also when the target is already gone. */
+  /**
+   * Exactly one `adapt(terminated)` comes back, after everything the target sent before; at once ("noproc") when
+   * no incarnation lives there, be it only that it waits for its restart. Watching an incarnation again replaces
+   * `adapt`.
+   */
   watch<T>(target: ActorRef<T>, adapt: (terminated: Terminated) => M): void;
+  /** Ends the watches on this incarnation, or on all at this path for a name: nothing comes back any more. */
   unwatch<T>(target: ActorRef<T>): void;
-  /** Starts a child under the supervisor at `parentPath`, when the turn ends. Throws if the id is taken. */
+  /**
+   * Starts a child under the supervisor at `parentPath`, when the turn ends. Returns its name. Throws if the id is
+   * taken or there is no such supervisor. A start that fails leaves nothing behind but an event.
+   */
   spawn<C>(parentPath: string, spec: ChildSpec<C>): ActorRef<C>;
-  /** Stops an actor (in order; its queued messages become dead letters). */
+  /**
+   * Stops an actor, or a supervisor with all below it, in order; what waits for it becomes dead letters. It does
+   * not come back; only a permanent actor that stops itself is restarted by its supervisor.
+   */
   stop<T>(target: ActorRef<T>): void;
   /** Reports something that happened, as data; the host decides what to do with it (metrics, log, explain). */
   emit(event: RuntimeEvent): void;
@@ -91,14 +110,20 @@ export interface RuntimeEvent {
   readonly kind: string;
 }
 
-/** What a full mailbox does: refuse the new message, replace the queued one of the same key, or drop the oldest. */
+/**
+ * What a full mailbox does: refuse the new message, put it in the place of the queued one of the same key (refuse
+ * it when there is none), or drop the oldest. What is lost becomes a dead letter "full".
+ */
 export type Overflow<M> =
   | { kind: "reject" }
   | { kind: "drop_oldest" }
   | { kind: "conflate"; key: (message: M) => string | undefined };
 
 export type MailboxSpec<M> = {
-  /** Messages waiting at most, 1…; default 1024. System messages are not counted. */
+  /**
+   * Messages waiting at most, 1…; default 1024. Timers, outcomes of the actor's own asks and ends of what it watches
+   * are not counted: they never get lost.
+   */
   max: number;
   overflow: Overflow<M>;
 };

@@ -169,13 +169,15 @@ export class SystemClock implements Clock {
     checkDelay(afterUs);
     const handle = this.#timers.add(this.nowUs() + afterUs, fn);
     if (handle.atUs < this.#armedForUs) this.#arm(handle.atUs);
+    else if (this.#timers.size === 1 && this.#keepsProcessAlive) this.#armed?.ref();
     return handle;
   }
 
   cancel(handle: TimerHandle): void {
     this.#timers.remove(handle);
-    // The armed timeout stays, and finds nothing due, unless nothing is left to wait for.
-    if (this.#timers.size === 0) this.#disarm();
+    // What is armed stays armed, and finds nothing due: arming costs more than all the rest. Only it must not
+    // keep the process alive for nothing.
+    if (this.#timers.size === 0) this.#armed?.unref();
   }
 
   #arm(atUs: number): void {
@@ -186,14 +188,9 @@ export class SystemClock implements Clock {
     if (!this.#keepsProcessAlive) this.#armed.unref();
   }
 
-  #disarm(): void {
-    clearTimeout(this.#armed);
+  #onTimeout(): void {
     this.#armed = undefined;
     this.#armedForUs = Number.POSITIVE_INFINITY;
-  }
-
-  #onTimeout(): void {
-    this.#disarm();
     const nowUs = this.nowUs();
     // Timers set by the ones that fire now wait for the next round: a 0 µs chain cannot hold the event loop.
     const sequenceMax = this.#timers.nextSequence;
@@ -204,8 +201,7 @@ export class SystemClock implements Clock {
       }
     } finally {
       const earliestUs = this.#timers.earliestUs();
-      if (earliestUs === undefined) this.#disarm();
-      else if (earliestUs < this.#armedForUs) this.#arm(earliestUs);
+      if (earliestUs !== undefined && earliestUs < this.#armedForUs) this.#arm(earliestUs);
     }
   }
 }

@@ -76,10 +76,13 @@ class MailRing<T extends MailTag> {
   }
 
   #grow(): void {
-    const mails = [...this];
-    const capacity = Math.max(CAPACITY_INITIAL, this.#slots.length * 2);
-    this.#slots = new Array<Mail<T> | undefined>(capacity).fill(undefined);
-    for (const [index, mail] of mails.entries()) this.#slots[index] = mail;
+    const slots = this.#slots;
+    const capacity = Math.max(CAPACITY_INITIAL, slots.length * 2);
+    const grown = new Array<Mail<T> | undefined>(capacity).fill(undefined);
+    for (let index = 0; index < this.#length; index++) {
+      grown[index] = slots[(this.#head + index) & (slots.length - 1)];
+    }
+    this.#slots = grown;
     this.#head = 0;
   }
 }

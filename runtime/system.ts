@@ -20,8 +20,6 @@ import {
   type AskOutcome,
   assert,
   type ChildSpec,
-  type Context,
-  type MailboxSpec,
   type ReplyTo,
   type RuntimeEvent,
   type SupervisorSpec,
@@ -29,21 +27,30 @@ import {
   type TreeSpec,
   unreachable,
 } from "./actor.ts";
-import type { Clock, TimerHandle } from "./clock.ts";
+import {
+  Ask,
+  type Asker,
+  askTimeoutUs,
+  Cell,
+  CellContext,
+  type CellHost,
+  type Effect,
+  Notice,
+  Ref,
+  type Tag,
+  Watch,
+} from "./cell.ts";
+import type { Clock } from "./clock.ts";
 import { type DeadLetter, type DeadLetterReason, DeadLetters, kindOf } from "./dead-letters.ts";
-import { Mail, Mailbox } from "./mailbox.ts";
+import { Mail } from "./mailbox.ts";
 import type { Random } from "./random.ts";
-import type { Runnable, Scheduler } from "./scheduler.ts";
+import type { Scheduler } from "./scheduler.ts";
 import {
   type Supervised,
   Supervisor,
   type SupervisorEvent,
   type SupervisorHost,
 } from "./supervisor.ts";
-
-const MAILBOX_DEFAULT: MailboxSpec<never> = { max: 1024, overflow: { kind: "reject" } };
-/** `run` looks at the clock once in this many messages (a power of two): reading it costs as much as a turn. */
-const CLOCK_CHECK_EVERY = 16;
 
 /** What happened inside the runtime; given to `onEvent` beside the events that actors emit. */
 export type SystemEvent =
@@ -119,301 +126,6 @@ export type SystemStats = {
   deadLetters: readonly { reason: DeadLetterReason; messageKind: string; count: number }[];
 };
 
-/** An address that remembers the cell it last led to. Serialises to path and uid. */
-class Ref {
-  readonly path: string;
-  readonly uid: number;
-  #cell: Cell | undefined;
-
-  constructor(path: string, uid: number, cell: Cell | undefined) {
-    this.path = path;
-    this.uid = uid;
-    this.#cell = cell;
-  }
-
-  static cellOf(ref: ActorRef<never>): Cell | undefined {
-    return #cell in ref ? ref.#cell : undefined;
-  }
-
-  static remember(ref: ActorRef<never>, cell: Cell): void {
-    if (#cell in ref) ref.#cell = cell;
-  }
-}
-
-/** Where the outcome of an ask goes. */
-type Asker =
-  | { kind: "actor"; cell: Cell; self: ActorRef<never>; adapt: (outcome: never) => unknown }
-  | { kind: "host"; settle: (outcome: AskOutcome<never>) => void }
-  /** Asked in another process; there it has its timer, here nothing is kept of it but the mail. */
-  | { kind: "remote" };
-
-/** One question: made by its asker's system, and again from the envelope in the system that answers it. */
-class Ask {
-  readonly isNotice = false;
-  readonly askId: number;
-  /** Path the reply is addressed to. */
-  readonly asker: string;
-  readonly origin: Asker;
-  readonly deadlineUs: number;
-  /** The cell that holds the question, in its mailbox or behaviour. */
-  target: Cell | undefined;
-  /** The path in another process it was sent to. */
-  sentTo: string | undefined;
-  timer: TimerHandle | undefined;
-
-  constructor(askId: number, asker: string, origin: Asker, deadlineUs: number) {
-    this.askId = askId;
-    this.asker = asker;
-    this.origin = origin;
-    this.deadlineUs = deadlineUs;
-    this.target = undefined;
-    this.sentTo = undefined;
-    this.timer = undefined;
-  }
-}
-
-/** Marks mail that the runtime owes this actor: the outcome of an ask, a timer, the end of a watch. */
-class Notice {
-  readonly isNotice = true;
-  readonly adapt: ((value: never) => unknown) | undefined;
-  readonly timerKey: string | undefined;
-  /** Set when what it reports was cancelled after it was queued. */
-  isCancelled = false;
-  watch: Watch | undefined;
-
-  constructor(adapt: ((value: never) => unknown) | undefined, timerKey: string | undefined) {
-    this.adapt = adapt;
-    this.timerKey = timerKey;
-    this.watch = undefined;
-  }
-}
-
-type Tag = Ask | Notice;
-
-/** One watch. Each side may be in another process: then `watcher` or `target` is absent there. */
-class Watch {
-  readonly watchId: number;
-  readonly path: string;
-  /** Incarnation watched; 0 for a remote target watched by name. */
-  readonly uid: number;
-  readonly watcher: Cell | undefined;
-  readonly watcherPath: string;
-  adapt: ((terminated: Terminated) => unknown) | undefined;
-  target: Cell | undefined;
-  /** Queued in the watcher's mailbox once the target ended. */
-  notice: Notice | undefined;
-
-  constructor(
-    watchId: number,
-    path: string,
-    uid: number,
-    watcher: Cell | undefined,
-    watcherPath: string,
-  ) {
-    this.watchId = watchId;
-    this.path = path;
-    this.uid = uid;
-    this.watcher = watcher;
-    this.watcherPath = watcherPath;
-    this.adapt = undefined;
-    this.target = undefined;
-    this.notice = undefined;
-  }
-}
-
-type ActorTimer = { notice: Notice; handle: TimerHandle };
-
-type Effect =
-  | { op: "reply"; to: ReplyTo<never>; value: unknown }
-  | { op: "start_timer"; key: string; afterUs: number; message: unknown }
-  | { op: "cancel_timer"; key: string }
-  | { op: "watch"; target: ActorRef<never>; adapt: (terminated: Terminated) => unknown }
-  | { op: "unwatch"; target: ActorRef<never> }
-  | { op: "spawn"; path: string; supervisor: Supervisor; spec: TreeSpec }
-  | { op: "stop"; target: ActorRef<never> }
-  | { op: "emit"; event: RuntimeEvent };
-
-/** One actor: mailbox, behaviour, and what is tied to the present incarnation. */
-class Cell implements Supervised, Runnable {
-  readonly id: string;
-  readonly path: string;
-  readonly restart: "permanent" | "transient" | "temporary";
-  readonly kernel: Kernel;
-  readonly supervisor: Supervisor;
-  readonly spec: ChildSpec<unknown>;
-  readonly mailbox: Mailbox<Tag>;
-  /** Of the present incarnation; -1 between two. */
-  uid = -1;
-  actor: Actor<unknown> | undefined;
-  context: CellContext | undefined;
-  isRunning = false;
-  isDisposed = false;
-  /** The scheduler knows that this cell has work. */
-  isAwake = false;
-  random: Random | undefined;
-  /** Timers set and not yet handled, by key. */
-  timers: Map<string, ActorTimer> | undefined;
-  /** Watches this incarnation set, until it handled their end. */
-  watches: Set<Watch> | undefined;
-  /** Watches set on this incarnation. */
-  watchers: Set<Watch> | undefined;
-  /** Open asks from, and to, this cell. */
-  asksFrom = 0;
-  asksTo = 0;
-
-  constructor(kernel: Kernel, supervisor: Supervisor, spec: ChildSpec<unknown>) {
-    this.id = spec.id;
-    this.path = `${supervisor.path}/${spec.id}`;
-    this.restart = spec.restart;
-    this.kernel = kernel;
-    this.supervisor = supervisor;
-    this.spec = spec;
-    this.mailbox = new Mailbox(spec.mailbox ?? MAILBOX_DEFAULT);
-  }
-
-  run(messagesMax: number, untilUs: number): number {
-    const { kernel, mailbox } = this;
-    let handled = 0;
-    while (this.isRunning) {
-      const mail = mailbox.take();
-      if (mail === undefined) break;
-      kernel.turn(this, mail);
-      handled++;
-      if (handled >= messagesMax || this.#isOverTime(handled, untilUs)) break;
-    }
-    this.isAwake = this.isRunning && !mailbox.isEmpty;
-    return handled;
-  }
-
-  begin(): void {
-    this.kernel.beginCell(this);
-  }
-
-  suspend(): void {
-    this.kernel.suspendCell(this);
-  }
-
-  dispose(): void {
-    this.kernel.disposeCell(this);
-  }
-
-  #isOverTime(handled: number, untilUs: number): boolean {
-    return (handled & (CLOCK_CHECK_EVERY - 1)) === 0 && this.kernel.clock.nowUs() > untilUs;
-  }
-}
-
-/** What a behaviour sees of the system; one per incarnation, good only during its own turns. */
-class CellContext implements Context<unknown> {
-  readonly self: Ref;
-  readonly #cell: Cell;
-  readonly #kernel: Kernel;
-
-  constructor(kernel: Kernel, cell: Cell) {
-    this.#kernel = kernel;
-    this.#cell = cell;
-    this.self = new Ref(cell.path, cell.uid, cell);
-  }
-
-  get nowMs(): number {
-    this.#checkTurn();
-    return this.#kernel.turnUs() / 1000;
-  }
-
-  random(): number {
-    this.#checkTurn();
-    const cell = this.#cell;
-    cell.random ??= this.#kernel.random.split(cell.path);
-    return cell.random.next();
-  }
-
-  tell<T>(to: ActorRef<T>, message: T): void {
-    this.#checkTurn();
-    this.#kernel.buffer(new Mail<Tag>(to, this.#cell.path, message, undefined));
-  }
-
-  ask<T, R>(
-    to: ActorRef<T>,
-    timeoutMs: number,
-    message: (replyTo: ReplyTo<R>) => T,
-    adapt: (outcome: AskOutcome<R>) => unknown,
-  ): void {
-    this.#checkTurn();
-    const kernel = this.#kernel;
-    const cell = this.#cell;
-    const origin: Asker = { kind: "actor", cell, self: this.self, adapt };
-    const deadlineUs = kernel.turnUs() + askTimeoutUs(timeoutMs);
-    const ask = new Ask(kernel.nextId(), cell.path, origin, deadlineUs);
-    const replyTo: ReplyTo<R> = { asker: cell.path, askId: ask.askId };
-    kernel.buffer(new Mail<Tag>(to, cell.path, message(replyTo), ask));
-  }
-
-  reply<R>(to: ReplyTo<R>, value: R): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "reply", to, value });
-  }
-
-  startTimer(key: string, afterMs: number, message: unknown): void {
-    this.#checkTurn();
-    const afterUs = usOf(afterMs, "timer delay");
-    this.#kernel.buffer({ op: "start_timer", key, afterUs, message });
-  }
-
-  cancelTimer(key: string): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "cancel_timer", key });
-  }
-
-  watch<T>(target: ActorRef<T>, adapt: (terminated: Terminated) => unknown): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "watch", target, adapt });
-  }
-
-  unwatch<T>(target: ActorRef<T>): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "unwatch", target });
-  }
-
-  spawn<C>(parentPath: string, spec: ChildSpec<C>): ActorRef<C> {
-    this.#checkTurn();
-    const supervisor = this.#kernel.supervisorAt(parentPath);
-    const path = `${parentPath}/${spec.id}`;
-    assert(!this.#kernel.isTaken(path), `${path} is taken`);
-    this.#kernel.buffer({ op: "spawn", path, supervisor, spec });
-    return new Ref(path, 0, undefined);
-  }
-
-  stop<T>(target: ActorRef<T>): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "stop", target });
-  }
-
-  emit(event: RuntimeEvent): void {
-    this.#checkTurn();
-    this.#kernel.buffer({ op: "emit", event });
-  }
-
-  /** A context kept for a callback would act outside any turn, and its effects would land in another's. */
-  #checkTurn(): void {
-    if (!this.#kernel.isTurnOf(this)) {
-      assert(
-        false,
-        `context of ${this.self.path} used outside its turn; let the host tell instead`,
-      );
-    }
-  }
-}
-
-/** ms to whole µs; throws for what is no length of time, which is a bug of the caller. */
-function usOf(ms: number, what: string): number {
-  assert(ms >= 0 && ms < Number.MAX_SAFE_INTEGER / 1000, `${what} must be 0 ms or more, got ${ms}`);
-  return Math.round(ms * 1000);
-}
-
-function askTimeoutUs(timeoutMs: number): number {
-  assert(timeoutMs > 0, `ask timeout must be above 0 ms, got ${timeoutMs}`);
-  return Math.max(1, usOf(timeoutMs, "ask timeout"));
-}
-
 function askFailureOf(reason: DeadLetterReason): AskFailure | undefined {
   switch (reason) {
     case "stopped":
@@ -434,7 +146,7 @@ function askFailureOf(reason: DeadLetterReason): AskFailure | undefined {
 }
 
 /** The machinery behind `ActorSystem`; its own module alone calls it. */
-class Kernel {
+class Kernel implements CellHost {
   readonly clock: Clock;
   readonly random: Random;
   readonly #scheduler: Scheduler;
@@ -498,7 +210,8 @@ class Kernel {
     this.#turnOf = context;
     try {
       const adapt = tag?.isNotice === true ? tag.adapt : undefined;
-      const message = adapt === undefined ? mail.message : adapt(mail.message as never);
+      if (adapt !== undefined) mail.message = adapt(mail.message as never);
+      const { message } = mail;
       if (this.#scheduler.handling !== undefined) this.#scheduler.handling(cell, kindOf(message));
       actor.receive(message, context);
     } catch (error) {
@@ -559,7 +272,7 @@ class Kernel {
       }
     }
     // Last, so that what the same turn told others still counts as sent by a living actor.
-    if (stopsItself && cell.isRunning) {
+    if (stopsItself && cell.isRunning && !cell.isStopping) {
       this.suspendCell(cell);
       cell.supervisor.childEnded(cell, undefined);
     }
@@ -637,7 +350,7 @@ class Kernel {
   #find(ref: ActorRef<never>): Cell | undefined {
     const known = Ref.cellOf(ref);
     // The ref may stem from another system of this process, and the cell from before a respawn.
-    if (known !== undefined && known.kernel === this && !known.isDisposed) return known;
+    if (known !== undefined && known.host === this && !known.isDisposed) return known;
     const node = this.#nodes.get(ref.path);
     if (!(node instanceof Cell)) return undefined;
     Ref.remember(ref, node);
@@ -746,8 +459,7 @@ class Kernel {
       origin.cell.asksFrom++;
     }
     this.#asks.set(tag.askId, tag);
-    const waitUs = Math.max(0, tag.deadlineUs - this.clock.nowUs());
-    tag.timer = this.clock.schedule(waitUs, () =>
+    tag.timer = this.clock.schedule(tag.timeoutUs, () =>
       this.#answer(tag, { ok: false, failure: "timeout" }),
     );
     return true;
@@ -817,8 +529,8 @@ class Kernel {
   ): void {
     assert(this.#root !== undefined, "the system is not started");
     const asker = `${this.#root.path}/$host`;
-    const deadlineUs = this.clock.nowUs() + askTimeoutUs(timeoutMs);
-    const ask = new Ask(this.nextId(), asker, { kind: "host", settle }, deadlineUs);
+    const origin: Asker = { kind: "host", settle };
+    const ask = new Ask(this.nextId(), asker, origin, askTimeoutUs(timeoutMs), this.clock.nowUs());
     const mail = new Mail<Tag>(to, "", message({ asker, askId: ask.askId }), ask);
     this.#openAsk(ask);
     this.#post(mail);
@@ -936,8 +648,9 @@ class Kernel {
   }
 
   suspendCell(cell: Cell): void {
-    if (!cell.isRunning) return;
+    if (!cell.isRunning || cell.isStopping) return;
     if (cell.actor?.stop !== undefined) {
+      cell.isStopping = true;
       try {
         this.#hook(cell, (actor, context) => actor.stop?.(context));
       } catch (error) {
@@ -962,6 +675,7 @@ class Kernel {
     if (!cell.isRunning) return;
     const { path, uid } = cell;
     cell.isRunning = false;
+    cell.isStopping = false;
     for (const key of [...(cell.timers?.keys() ?? [])]) this.#cancelTimer(cell, key);
     for (const watch of cell.watches ?? []) this.#dropWatch(watch);
     cell.uid = -1;
@@ -1054,8 +768,10 @@ class Kernel {
     switch (envelope.kind) {
       case "message": {
         const { to, uid, from, askId, timeoutUs, message } = envelope;
-        const deadlineUs = this.clock.nowUs() + timeoutUs;
-        const ask = askId === 0 ? undefined : new Ask(askId, from, { kind: "remote" }, deadlineUs);
+        const ask =
+          askId === 0
+            ? undefined
+            : new Ask(askId, from, { kind: "remote" }, timeoutUs, this.clock.nowUs());
         const mail = new Mail<Tag>(new Ref(to, uid, undefined), from, message, ask);
         // Never passed on: two processes with different views would send it round in circles.
         if (this.#nodes.get(to) instanceof Cell) this.#post(mail);

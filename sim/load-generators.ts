@@ -6,7 +6,9 @@
  * same or in other words. The same spec gives the same load, bit for bit; each choice has its own stream of
  * randomness, so that changing one moves no other.
  */
+import { unreachable } from "../runtime/actor.ts";
 import { Random } from "../runtime/random.ts";
+import { MinHeap } from "./min-heap.ts";
 import { chainHash, type TraceRequest } from "./trace-rows.ts";
 
 export type LoadSpec = {
@@ -48,7 +50,7 @@ export type Content =
       turns: Lengths;
       /** Mean of the exponential time from one turn's arrival to the next one's. */
       gapUs: number;
-      /** A conversation ends before a prompt and its answer would be longer. */
+      /** A conversation ends before a later prompt and its answer would be longer; a first one is cut. */
       contextMax: number;
     }
   /**
@@ -101,6 +103,8 @@ function contents(spec: LoadSpec): Generator<TraceRequest, void, undefined> {
       return agents(spec.content, arrivals, random);
     case "questions":
       return questions(spec.content, arrivals, random);
+    default:
+      return unreachable(spec.content);
   }
 }
 
@@ -175,12 +179,13 @@ function* plain(
 }
 
 type Conversation = {
-  name: string;
+  index: number;
   /** Its own stream: what one conversation draws moves no other. */
   random: Random;
   textHash: number;
   nextAtUs: number;
   turnsLeft: number;
+  begun: boolean;
   /** Tokens of the next prompt without what its turn adds. */
   context: number;
   prefix: number[];
@@ -191,7 +196,7 @@ function* agents(
   arrivals: Iterable<number>,
   random: Random,
 ): Generator<TraceRequest, void, undefined> {
-  const waiting = new ConversationHeap();
+  const waiting = new MinHeap<Conversation>(comesFirst);
   const apps = random.split("apps");
   let begun = 0;
   for (const beginsAtUs of arrivals) {
@@ -204,6 +209,11 @@ function* agents(
       yield request;
       if (next.turnsLeft > 0) waiting.add(next);
     }
+    if (waiting.size >= CONVERSATIONS_MAX) {
+      throw new RangeError(
+        `more than ${CONVERSATIONS_MAX} conversations at once: lower rate, turns or gapUs`,
+      );
+    }
     const app = Math.floor(apps.next() * content.apps);
     const own = random.split(`conversation ${begun}`);
     const prefix: number[] = [];
@@ -211,11 +221,12 @@ function* agents(
       prefix.push(chainHash(chainHash(1, app), block));
     }
     waiting.add({
-      name: `c${begun}`,
+      index: begun,
       random: own,
       textHash: chainHash(chainHash(2, app), begun),
       nextAtUs: beginsAtUs,
       turnsLeft: length(content.turns, own),
+      begun: false,
       context: content.systemTokens,
       prefix,
     });
@@ -229,9 +240,14 @@ function turn(
   content: Extract<Content, { kind: "agents" }>,
 ): TraceRequest | undefined {
   const { random, prefix, textHash } = conversation;
-  const inputTokens = conversation.context + length(content.added, random);
-  const outputTokens = length(content.output, random);
-  if (inputTokens + outputTokens > content.contextMax) return undefined;
+  let inputTokens = conversation.context + length(content.added, random);
+  let outputTokens = length(content.output, random);
+  if (inputTokens + outputTokens > content.contextMax) {
+    if (conversation.begun) return undefined;
+    inputTokens = Math.min(inputTokens, content.contextMax - 1); // The first turn is shortened, not lost.
+    outputTokens = Math.min(outputTokens, content.contextMax - inputTokens);
+  }
+  conversation.begun = true;
   for (let block = prefix.length; (block + 1) * BLOCK_TOKENS <= inputTokens; block++) {
     prefix.push(chainHash(textHash, block));
   }
@@ -239,7 +255,7 @@ function turn(
     atUs: conversation.nextAtUs,
     inputTokens,
     outputTokens,
-    session: conversation.name,
+    session: `c${conversation.index}`,
     prefix: prefix.slice(),
     blockTokens: BLOCK_TOKENS,
   };
@@ -249,63 +265,10 @@ function turn(
   return request;
 }
 
-/** By time of the next turn; of equal times the one added first. */
-class ConversationHeap {
-  readonly #entries: { conversation: Conversation; sequence: number }[] = [];
-  #sequence = 0;
-
-  peek(): Conversation | undefined {
-    return this.#entries[0]?.conversation;
-  }
-
-  add(conversation: Conversation): void {
-    const entries = this.#entries;
-    if (entries.length >= CONVERSATIONS_MAX) {
-      throw new RangeError(
-        `more than ${CONVERSATIONS_MAX} conversations at once: lower rate, turns or gapUs`,
-      );
-    }
-    const entry = { conversation, sequence: this.#sequence++ };
-    let index = entries.length;
-    entries.push(entry);
-    while (index > 0) {
-      const parent = (index - 1) >> 1;
-      const above = entries[parent];
-      if (above === undefined || !comesFirst(entry, above)) break;
-      entries[index] = above;
-      index = parent;
-    }
-    entries[index] = entry;
-  }
-
-  /** Removes what `peek` shows. */
-  take(): void {
-    const entries = this.#entries;
-    const moved = entries.pop();
-    if (moved === undefined || entries.length === 0) return;
-    let index = 0;
-    for (;;) {
-      let child = 2 * index + 1;
-      let below = entries[child];
-      if (below === undefined) break;
-      const right = entries[child + 1];
-      if (right !== undefined && comesFirst(right, below)) {
-        child++;
-        below = right;
-      }
-      if (!comesFirst(below, moved)) break;
-      entries[index] = below;
-      index = child;
-    }
-    entries[index] = moved;
-  }
-}
-
-type HeapEntry = { conversation: Conversation; sequence: number };
-
-function comesFirst(left: HeapEntry, right: HeapEntry): boolean {
-  const byTime = left.conversation.nextAtUs - right.conversation.nextAtUs;
-  return byTime < 0 || (byTime === 0 && left.sequence < right.sequence);
+/** By time of the next turn; of equal times the conversation that began first. */
+function comesFirst(left: Conversation, right: Conversation): boolean {
+  const byTime = left.nextAtUs - right.nextAtUs;
+  return byTime < 0 || (byTime === 0 && left.index < right.index);
 }
 
 type Question = { name: string; inputTokens: number; outputTokens: number; wordings: number };

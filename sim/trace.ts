@@ -16,6 +16,7 @@ import { createReadStream } from "node:fs";
 import { dirname, join } from "node:path";
 import { unreachable } from "../runtime/actor.ts";
 import { Random } from "../runtime/random.ts";
+import { MinHeap } from "./min-heap.ts";
 import {
   AzureRows,
   BurstGptRows,
@@ -39,8 +40,8 @@ const REORDER_MAX = 65_536;
 /** Requests on one Mooncake mark that are held to be spread. */
 const MARK_REQUESTS_MAX = 65_536;
 const MARK_US = 3_000_000;
-/** A few of Mooncake's stamps are 1 ms short of their mark. */
-const MARK_SLACK_US = 1000;
+/** Stamps lie up to 3 ms beside their mark: the marks were made by a timer. */
+const MARK_SLACK_US = 10_000;
 /** Characters of one line: 4 Mi, far beyond the longest prompt's block ids. */
 const LINE_CHARS_MAX = 4_194_304;
 /** Segments of a RAGPulse data set, whose lengths are held in memory. */
@@ -440,9 +441,9 @@ class SpreadMarks implements Order {
   }
 }
 
-/** A heap of the last `REORDER_MAX` requests by (arrival, line): stable, and bounded. */
+/** Holds the last `REORDER_MAX` requests and lets the earliest go: stable, and bounded. */
 class ReorderWindow implements Order {
-  readonly #heap: { request: TraceRequest; line: number }[] = [];
+  readonly #held = new MinHeap<HeldRequest>(isBefore);
   #lastUs = 0;
 
   push(request: TraceRequest, line: number, out: TraceRequest[]): void {
@@ -453,58 +454,25 @@ class ReorderWindow implements Order {
           "sort the file by time first",
       );
     }
-    const heap = this.#heap;
-    const entry = { request, line };
-    let index = heap.length;
-    heap.push(entry);
-    while (index > 0) {
-      const parent = (index - 1) >> 1;
-      const above = heap[parent];
-      if (above === undefined || !isBefore(entry, above)) break;
-      heap[index] = above;
-      index = parent;
-    }
-    heap[index] = entry;
-    if (heap.length > REORDER_MAX) out.push(this.#takeFirst());
+    this.#held.add({ request, line });
+    if (this.#held.size > REORDER_MAX) this.#takeFirst(out);
   }
 
   end(out: TraceRequest[]): void {
-    this.#heap.sort((left, right) => (isBefore(left, right) ? -1 : 1));
-    for (const { request } of this.#heap) out.push(request);
-    this.#heap.length = 0;
+    while (this.#held.size > 0) this.#takeFirst(out);
   }
 
-  #takeFirst(): TraceRequest {
-    const heap = this.#heap;
-    const first = heap[0];
-    const moved = heap.pop();
-    if (first === undefined || moved === undefined) throw new RowProblem("nothing to take");
-    if (heap.length > 0) {
-      let index = 0;
-      for (;;) {
-        let child = 2 * index + 1;
-        let below = heap[child];
-        if (below === undefined) break;
-        const right = heap[child + 1];
-        if (right !== undefined && isBefore(right, below)) {
-          child++;
-          below = right;
-        }
-        if (!isBefore(below, moved)) break;
-        heap[index] = below;
-        index = child;
-      }
-      heap[index] = moved;
-    }
+  #takeFirst(out: TraceRequest[]): void {
+    const first = this.#held.take();
+    if (first === undefined) return;
     this.#lastUs = first.request.atUs;
-    return first.request;
+    out.push(first.request);
   }
 }
 
-function isBefore(
-  left: { request: TraceRequest; line: number },
-  right: { request: TraceRequest; line: number },
-): boolean {
+type HeldRequest = { request: TraceRequest; line: number };
+
+function isBefore(left: HeldRequest, right: HeldRequest): boolean {
   const byTime = left.request.atUs - right.request.atUs;
   return byTime < 0 || (byTime === 0 && left.line < right.line);
 }

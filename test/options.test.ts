@@ -1,11 +1,11 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { nearest, pathOf, segmentsOf } from "../transport/option-problems.ts";
+import type { OptionRow } from "../transport/option-schema.ts";
 import {
   defaults,
   limitsOf,
   nodeAddress,
-  type OptionRow,
   type Options,
   optionRows,
   parseOptions,

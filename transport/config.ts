@@ -1,9 +1,11 @@
 /**
- * Where options come from: a YAML or JSON file, the environment, command-line flags; and the tables made of them.
+ * Where options come from: a YAML or JSON file, the environment, command-line flags; and the tables
+ * made of them.
  *
- * Precedence, low to high: defaults, file, environment, flags. Every problem of all sources is found in one run and
- * names its place: "headrace.yaml:3:9", "HEADRACE_LISTEN_PORT", "--port". Secrets never appear in a message or a
- * table. Texts of the file may hold ${NAME}, the value of an environment variable ($${ stands for ${ itself).
+ * Precedence, low to high: defaults, file, environment, flags. Every problem of all sources is
+ * found in one run and names its place: "headrace.yaml:3:9", "HEADRACE_LISTEN_PORT", "--port".
+ * Secrets never appear in a message or a table. Texts of the file may hold ${NAME}, the value of an
+ * environment variable ($${ stands for ${ itself).
  */
 import { readFile } from "node:fs/promises";
 import type { Document, ParsedNode } from "yaml";
@@ -49,14 +51,18 @@ export type LoadedConfig = {
 };
 
 export type ConfigProblem = {
-  /** "headrace.yaml:3:9", "HEADRACE_LISTEN_PORT", "--port", or "configuration" for what nobody gave. */
+  /**
+   * "headrace.yaml:3:9", "HEADRACE_LISTEN_PORT", "--port", or "configuration" for what nobody gave.
+   */
   readonly source: string;
   /** Path of the option; "" where it is about none. */
   readonly path: string;
   readonly message: string;
 };
 
-/** A configuration that cannot be used: all that is wrong with it, one problem a line in `message`. */
+/**
+ * A configuration that cannot be used: all that is wrong with it, one problem a line in `message`.
+ */
 export class ConfigError extends Error {
   override readonly name = "ConfigError";
   readonly problems: readonly ConfigProblem[];
@@ -108,9 +114,12 @@ export function readOptions(input: OptionsInput): Options {
   );
 }
 
-// ---- the file -----------------------------------------------------------------------------------------------
+// ---- the file -----------------------------------------------------------------------------------
 
-/** `tree` is absent when the file cannot be read as a whole. `place` names the line of an option, as near as it can. */
+/**
+ * `tree` is absent when the file cannot be read as a whole. `place` names the line of an option, as
+ * near as it can.
+ */
 type ReadTree = {
   tree?: Record<string, unknown>;
   place: (at: Problem["at"]) => string;
@@ -154,11 +163,11 @@ async function readTree(file: string, env: ConfigSources["env"]): Promise<ReadTr
   };
   const faults = [...document.errors, ...document.warnings];
   if (faults.length > 0) {
-    // Without what the parser quotes: it may be part of a secret.
-    const problems = faults.map(({ message, pos }) => ({
+    // By its code, not its message, which may quote a part of a secret.
+    const problems = faults.map(({ code, pos }) => ({
       source: at(pos[0]),
       path: "",
-      message: `is not valid YAML: ${message.replace(/: ".*$/s, "")}`,
+      message: `is not valid YAML: ${code.toLowerCase().replaceAll("_", " ")}`,
     }));
     return { place: () => file, problems, variables: new Set() };
   }
@@ -166,7 +175,7 @@ async function readTree(file: string, env: ConfigSources["env"]): Promise<ReadTr
   try {
     plain = document.toJS({ maxAliasCount: 100 }) ?? {};
   } catch {
-    return unreadable("uses more aliases than a configuration needs");
+    return unreadable("holds an alias without its anchor, or more aliases than are accepted");
   }
   if (!isMapping(plain))
     return unreadable("is not a mapping of options, such as `listen: {port: 8080}`");
@@ -186,7 +195,10 @@ async function readTree(file: string, env: ConfigSources["env"]): Promise<ReadTr
   return { tree: isMapping(tree) ? tree : {}, place, problems, variables };
 }
 
-/** Where the deepest part of `path` that the file has begins: the key of an option, or a list's entry. */
+/**
+ * Where the deepest part of `path` that the file has begins: the key of an option, or a list's
+ * entry.
+ */
 function offsetOf(
   yaml: typeof import("yaml"),
   document: Document.Parsed<ParsedNode>,
@@ -218,7 +230,10 @@ type Expansion = {
   onProblem: (at: Problem["at"], message: string) => void;
 };
 
-/** Puts environment variables in for ${NAME} in every text; one that cannot be is reported and left out. */
+/**
+ * Puts environment variables in for ${NAME} in every text; one that cannot be is reported and left
+ * out.
+ */
 function expand(value: unknown, at: Problem["at"], expansion: Expansion): unknown {
   if (Array.isArray(value)) {
     return value.map((item, index) => expand(item, [...at, index], expansion));
@@ -249,7 +264,9 @@ function expand(value: unknown, at: Problem["at"], expansion: Expansion): unknow
   return isWhole ? expanded : undefined;
 }
 
-// ---- environment and flags -------------------------------------------------------------------------------------
+// ---- environment and flags ----------------------------------------------------------------------
+
+const acceptedOptions = "accepted: those of `headrace config-reference`";
 
 type Setting = { at: Problem["at"]; source: string; value?: unknown; problem?: ConfigProblem };
 
@@ -270,18 +287,27 @@ function environmentSettings(env: ConfigSources["env"], used: ReadonlySet<string
     if (row !== undefined) {
       settings.push(textSetting(row, variable, text));
     } else if (!isOfKubernetes(variable, text)) {
-      const near = nearest(variable, [...rowsByVariable.keys()]);
+      const near = similarVariable(variable);
       const suggestion = near === undefined ? "" : `; did you mean ${near}?`;
-      const message = `is not a variable of Headrace${suggestion}; accepted: those of \`headrace config-reference\``;
+      const message = `is not a variable of Headrace${suggestion}; ${acceptedOptions}`;
       settings.push(unusable(variable, "", message));
     }
   }
   return settings;
 }
 
+/** The variable of ours that was meant; "HEADRACE_PORT" lacks its group. */
+function similarVariable(variable: string): string | undefined {
+  const bare = (name: string): string => name.slice("HEADRACE_".length);
+  const known = [...rowsByVariable.keys()];
+  const near = nearest(bare(variable), known.map(bare));
+  if (near !== undefined) return `HEADRACE_${near}`;
+  return known.find((name) => name.endsWith(`_${bare(variable)}`));
+}
+
 /**
- * Kubernetes gives every pod variables for the services of its namespace: a service called "headrace" or
- * "headrace-…" makes some that start like ours, and nobody wrote them.
+ * Kubernetes gives every pod variables for the services of its namespace: a service called
+ * "headrace" or "headrace-…" makes some that start like ours, and nobody wrote them.
  */
 function isOfKubernetes(variable: string, text: string): boolean {
   if (/_SERVICE_(HOST|PORT(_\w+)?)$/.test(variable)) return true;
@@ -295,14 +321,17 @@ function flagSetting({ flag, path, value }: FlagSetting): Setting {
     const near =
       nearest(path, [...settableRows.keys()]) ?? elsewhere(path, [...settableRows.values()]);
     const suggestion = near === undefined ? "" : `; did you mean ${near}?`;
-    const message = `is not an option${suggestion}; accepted: those of \`headrace config-reference\``;
+    const message = `is not an option${suggestion}; ${acceptedOptions}`;
     return unusable(flag, path, message);
   }
   if (typeof value === "string") return textSetting(row, flag, value);
   return { at: segmentsOf(path), source: flag, value };
 }
 
-/** Text becomes a number, true, false or (lists) JSON where the option is one; else it is left for the schema. */
+/**
+ * Text becomes a number, true, false or (lists) JSON where the option is one; else it is left for
+ * the schema.
+ */
 function textSetting(row: OptionRow, source: string, text: string): Setting {
   const at = segmentsOf(row.path);
   if (text === "") return unusable(source, row.path, `is empty; accepted: ${row.accepted}`);
@@ -331,7 +360,10 @@ function unusable(source: string, path: string, message: string): Setting {
   return { at: segmentsOf(path), source, problem: { source, path, message } };
 }
 
-/** Groups on the way are made; something else that stands in the way is left for the schema to refuse. */
+/**
+ * Groups on the way are made; something else that stands in the way is left for the schema to
+ * refuse.
+ */
 function setAt(tree: Record<string, unknown>, at: Problem["at"], value: unknown): void {
   const last = at.at(-1);
   let parent = tree;
@@ -355,9 +387,12 @@ function leavesOf(value: unknown, at: Problem["at"] = []): Problem["at"][] {
   return value === undefined || value === null ? [] : [at];
 }
 
-// ---- tables ---------------------------------------------------------------------------------------------------
+// ---- tables -------------------------------------------------------------------------------------
 
-/** Every option with its value and what set it, one a line, secrets hidden. Of lists, what their entries have set. */
+/**
+ * Every option with its value and what set it, one a line, secrets hidden. Of lists, what their
+ * entries have set.
+ */
 export function resolvedTable(options: Options, sources: LoadedConfig["sources"]): string {
   const lines: [string, string, string][] = [["OPTION", "VALUE", "FROM"]];
   for (const { path, value, row } of valuesOf(options)) {
@@ -415,7 +450,10 @@ function shownValue(row: OptionRow, value: unknown): string {
   return quantity(value, row.unit);
 }
 
-/** A value with its unit, and in larger units where that is exact: "300000 ms (5 min)", "1048576 bytes (1 MiB)". */
+/**
+ * A value with its unit, and in larger units where that is exact: "300000 ms (5 min)", "1048576
+ * bytes (1 MiB)".
+ */
 function quantity(value: unknown, unit: OptionRow["unit"]): string {
   if (typeof value !== "number" || (unit !== "ms" && unit !== "bytes")) return String(value);
   const larger: readonly (readonly [string, number])[] =
@@ -440,10 +478,11 @@ export function configReference(): string {
   const parts = [
     "# Options",
     "",
-    "Precedence, low to high: defaults, the file (YAML or JSON), environment variables, flags (`--set PATH=VALUE`).",
-    "Numbers carry no unit: the name says it (`…Ms` milliseconds, `…Bytes…` bytes, `…Ratio` 1 = all). Lists in",
+    "Precedence, low to high: defaults, the file (YAML or JSON), environment variables, flags",
+    "(`--set PATH=VALUE`). `HEADRACE_CONFIG` names the file where no flag does. Numbers carry no unit:",
+    "the name says it (`…Ms` milliseconds, `…Bytes…` bytes, `…Ratio` 1 = all). Lists in environment",
     // biome-ignore lint/suspicious/noTemplateCurlyInString: this is the syntax that the file has
-    "environment variables are JSON. Texts in the file may hold `${NAME}`, the value of an environment variable.",
+    "variables are JSON. Texts in the file may hold `${NAME}`, the value of an environment variable.",
     "*Reload*: yes = a reload applies a change; restart = the process must start again.",
   ];
   for (const section of optionRows.filter(({ path }) => !path.includes("."))) {
@@ -483,7 +522,7 @@ export function configJsonSchema(): Record<string, unknown> {
   };
 }
 
-// ---- reload -----------------------------------------------------------------------------------------------------
+// ---- reload -------------------------------------------------------------------------------------
 
 export type ReloadPlan = {
   /** Options that changed and take effect now; lists as a whole ("nodes"). */

@@ -13,6 +13,7 @@
  */
 import { readOptions } from "./config.ts";
 import type { Exchange, Sink } from "./front.ts";
+import { createLog } from "./log.ts";
 import { Gateway } from "./main.ts";
 import type { StateSnapshot } from "./metrics.ts";
 import type { OptionsInput } from "./options.ts";
@@ -89,7 +90,11 @@ export interface Headrace {
  * @throws ConfigError that names every option at fault and what is accepted.
  */
 export async function createHeadrace(options: OptionsInput): Promise<Headrace> {
-  const gateway = await Gateway.start(readOptions(options));
+  const parsed = readOptions({ ...options, log: { level: "error", ...options.log } });
+  const log = createLog(parsed.log.level, parsed.log.format);
+  const gateway = await Gateway.start(parsed, log, (error) => {
+    log.error({ error: String(error) }, "the actor system gave up");
+  });
   const embeddedFetch: Headrace["fetch"] = (input, init) => fetchFrom(gateway, input, init);
   return {
     fetch: embeddedFetch,

@@ -99,6 +99,8 @@ type Open = {
   blocked: boolean;
 };
 
+/** Open requests of one process; each holds its body and a socket. */
+const OPEN_MAX = 10_000;
 /** Client headers that reach the node. */
 const forwarded = ["content-type", "accept", "traceparent", "tracestate", "openai-beta"] as const;
 const requestIdPattern = /^[A-Za-z0-9._-]{1,128}$/;
@@ -160,6 +162,9 @@ export class Front implements Actor<FrontCommand> {
       return { requestId, drained() {}, left() {} };
     };
     if (this.#draining) return refuse(bad("shutting_down"));
+    if (this.#open.size >= OPEN_MAX) {
+      return refuse(bad("pool_overloaded", `${this.#open.size} requests are open here already`));
+    }
     const tenant = incoming.as ?? this.#deps.authenticate(keyOf(incoming));
     if (typeof tenant === "string") return refuse(bad(tenant));
     if (incoming.path === "/v1/models" && incoming.method === "GET") {

@@ -1,10 +1,10 @@
 /**
  * How an error code is answered over HTTP: status, OpenAI's error type, body and headers.
  *
- * The rule behind the statuses: 4xx is the caller's own doing (429: its own limit, or its own queue is full), 503
- * the pool's or this process's condition and always with `retry-after`, 502 a node that failed, 504 a clock that
- * ran out. OpenAI's clients retry 408, 409, 429 and 5xx unless `x-should-retry` says otherwise, so that header
- * carries the code's `retryable`.
+ * The rule behind the statuses: 4xx is the caller's own doing (429: its own limit, or its own queue
+ * is full), 503 the pool's or this process's condition and always with `retry-after`, 502 a node
+ * that failed, 504 a clock that ran out. OpenAI's clients retry 408, 409, 429 and 5xx unless
+ * `x-should-retry` says otherwise, so that header carries the code's `retryable`.
  */
 import { type ErrorCode, errorFacts } from "../actors/errors.ts";
 
@@ -13,7 +13,9 @@ export type HttpErrorFact = {
   readonly status: number;
   /** OpenAI's `error.type`. */
   readonly type: string;
-  /** What `retry-after` says when whoever refused does not know better, ms. Absent: no such header. */
+  /**
+   * What `retry-after` says when whoever refused does not know better, ms. Absent: no such header.
+   */
   readonly retryAfterMs?: number;
 };
 
@@ -64,8 +66,8 @@ export type ErrorBody = {
 };
 
 /**
- * The body for `code`. `message` replaces the code's own first sentence (the advice stays); `param` names the
- * request's parameter at fault, as OpenAI does ("messages[2].content").
+ * The body for `code`. `message` replaces the code's own first sentence (the advice stays); `param`
+ * names the request's parameter at fault, as OpenAI does ("messages[2].content").
  */
 export function errorBody(code: ErrorCode, message?: string, param?: string): ErrorBody {
   const fact = errorFacts[code];
@@ -81,14 +83,15 @@ export function errorBody(code: ErrorCode, message?: string, param?: string): Er
 }
 
 /**
- * The longest wait that OpenAI's clients keep to, ms. Past it they retry after their own short back-off, which
- * can only fail again, so `x-should-retry` is then false.
+ * The longest wait that OpenAI's clients keep to, ms. Past it they retry after their own short
+ * back-off, which can only fail again, so `x-should-retry` is then false.
  */
 const waitMsMax = 60_000;
 
 /**
- * Headers that go with `code`: `x-should-retry`, and for codes that come with a wait `retry-after` (whole seconds,
- * rounded up, at least 1) and `retry-after-ms`. `retryAfterMs` is the exact wait, where one is known.
+ * Headers that go with `code`: `x-should-retry`, and for codes that come with a wait `retry-after`
+ * (whole seconds, rounded up, at least 1) and `retry-after-ms`. `retryAfterMs` is the exact wait,
+ * where one is known.
  */
 export function errorHeaders(code: ErrorCode, retryAfterMs?: number): Record<string, string> {
   const fact: HttpErrorFact = httpErrors[code];

@@ -27,7 +27,7 @@ export type HttpFrontDeps = {
   admin: Admin;
   /** Null when metrics are off. */
   metrics: (() => Promise<{ contentType: string; text: string }>) | null;
-  ready: () => { ready: boolean; reason: string };
+  ready: () => Promise<{ ready: boolean; reason: string }>;
 };
 
 export class HttpFront {
@@ -98,8 +98,8 @@ export class HttpFront {
     request.resume();
     if (path === "/health") return sendJson(response, 200, { status: "ok" });
     if (path === "/ready") {
-      const { ready, reason } = this.#deps.ready();
-      return sendJson(response, ready ? 200 : 503, { ready, reason });
+      void this.#deps.ready().then((answer) => sendJson(response, answer.ready ? 200 : 503, answer));
+      return;
     }
     const { metrics } = this.#deps;
     if (path === "/metrics" && metrics !== null) {

@@ -5,7 +5,7 @@
 import { hash } from "node:crypto";
 import type { ErrorCode } from "../actors/errors.ts";
 import type { Limits, Priority } from "../actors/protocol.ts";
-import type { Options } from "./options.ts";
+import { limitsOf, type Options } from "./options.ts";
 
 export type Tenant = {
   tenant: string;
@@ -24,12 +24,12 @@ export class KeyTable {
   /** Without any key everyone is this one; the listener is then bound to loopback. */
   readonly #local: Tenant | null;
 
-  constructor(options: Pick<Options, "keys" | "defaultLimits">) {
+  constructor(options: Options) {
     for (const key of options.keys) {
       this.#byHash.set(key.keySha256, {
         tenant: key.tenant,
         limitKey: key.name,
-        limits: { ...options.defaultLimits, ...key.limits },
+        limits: limitsOf(options, key),
         weight: key.weight,
         priority: key.priority,
         ...(key.models === undefined ? {} : { models: key.models }),
@@ -41,7 +41,7 @@ export class KeyTable {
         : {
             tenant: "local",
             limitKey: "local",
-            limits: options.defaultLimits,
+            limits: limitsOf(options),
             weight: 1,
             priority: "standard",
           };

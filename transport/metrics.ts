@@ -200,6 +200,6 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
   }
   const letters = gauge("dead_letters", "Messages that reached nobody, since the start.", ["reason"]);
   for (const { reason, count } of system.deadLetters) letters.inc({ reason }, count);
-  gauge("actors", "Actors alive.").set(system.cells);
+  gauge("actors", "Actors alive.").set(system.cells.length);
   gauge("actor_restarts", "Actor restarts since the start.").set(system.restarts);
 }

@@ -153,7 +153,9 @@ export function parseFault(value: unknown): NodeFault | string {
     }
     const field = FAULT_FIELDS[key as keyof NodeFault];
     if (!field.isValid(given)) {
-      return `${key} must be ${field.accepts}, not ${JSON.stringify(given)}`;
+      // JSON has no word for NaN.
+      const shown = typeof given === "number" ? String(given) : JSON.stringify(given);
+      return `${key} must be ${field.accepts}, not ${shown}`;
     }
   }
   return { ...value };
@@ -985,8 +987,8 @@ function embeddingsJson(plan: Plan, wanted: NonNullable<Plan["embedding"]>): str
 
 /** More of an answer that never ends. */
 function endlessPart(response: ServerResponse): string {
-  if (response.getHeader("content-type") === "application/json") return "[".repeat(4096);
-  return `data: {"choices":[{"index":0,"delta":{"content":" on"}}]}\n\n`.repeat(16);
+  if (response.getHeader("content-type") === "application/json") return "[".repeat(16_384);
+  return `data: {"choices":[{"index":0,"delta":{"content":" on"}}]}\n\n`.repeat(256);
 }
 
 // ---- checks on requests ---------------------------------------------------------------------------------------------

@@ -317,16 +317,21 @@ function canonical(value: unknown, leaveOut?: ReadonlySet<string>): string {
   return `${text}}`;
 }
 
+/** Characters of a name that are hashed. */
+const NAME_CHARS = 512;
 /** Characters of the rendered prompt that name an affinity: about 256 tokens. */
-const AFFINITY_CHARS = 1024;
+const PREFIX_CHARS = 1024;
 const BLOCK_CHARS = 1024;
 const BLOCKS_MAX = 256;
 
 /** 32-bit hash of model and prompt head (or of a session id): requests that share it share a KV prefix. */
-export function affinityKeyOf(request: ReadRequest, session: string | undefined): number {
-  let h = fnv(0x811c9dc5, request.model ?? "", AFFINITY_CHARS);
-  if (session !== undefined) return fnv(fnv(h, "session", 7), session, AFFINITY_CHARS) >>> 0;
-  let left = AFFINITY_CHARS;
+export function affinityKeyOf(
+  request: ReadRequest,
+  session: string | undefined,
+): number {
+  let h = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
+  if (session !== undefined) return fnv(fnv(h, "session", 7), session, NAME_CHARS) >>> 0;
+  let left = PREFIX_CHARS;
   for (const text of promptTexts(request)) {
     h = fnv(h, text, left);
     left -= text.length;
@@ -338,7 +343,7 @@ export function affinityKeyOf(request: ReadRequest, session: string | undefined)
 /** Chained hashes of the prompt's blocks of 1024 characters, at most 256: for recordings. */
 export function prefixBlocksOf(request: ReadRequest): number[] {
   const blocks: number[] = [];
-  let h = fnv(0x811c9dc5, request.model ?? "", AFFINITY_CHARS);
+  let h = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
   let room = BLOCK_CHARS;
   for (const text of promptTexts(request)) {
     let at = 0;

@@ -1,7 +1,7 @@
 /**
- * What is wrong with given options, in words: the place, what stands there, what to write instead and all that is
- * accepted. Knows the slips that people make (units in values, percentages, other gateways' names). Pure; never
- * quotes a secret.
+ * What is wrong with given options, in words: the place, what stands there, what to write instead
+ * and all that is accepted. Knows the slips that people make (units in values, percentages, other
+ * gateways' names). Pure; never quotes a secret.
  */
 import { distance } from "fastest-levenshtein";
 import * as z from "zod";
@@ -46,7 +46,7 @@ export function overlap(left: string, right: string): boolean {
   return long.startsWith(short) && /^$|^[.[]/.test(long.slice(short.length));
 }
 
-// ---- saying what is wrong -----------------------------------------------------------------------------------
+// ---- saying what is wrong -----------------------------------------------------------------------
 
 /** What an issue of the schema `root` with the value `given` means to whoever wrote it. */
 export function explain(issue: z.core.$ZodIssue, given: unknown, root: z.core.$ZodType): Problem[] {
@@ -261,8 +261,9 @@ export function elsewhere(name: string, rows: readonly OptionRow[]): string | un
 }
 
 /**
- * The candidate that someone who wrote `word` most likely meant: the same but for case and separators, another
- * gateway's name for it, the word with its unit missing, or one with few letters changed.
+ * The candidate that someone who wrote `word` most likely meant: the same but for case and
+ * separators, another gateway's name for it, the word with its unit missing, or one with few
+ * letters changed.
  */
 export function nearest(
   word: string,

@@ -1,9 +1,11 @@
 /**
- * The vocabulary in which options.ts writes the schema of all options, and the schema read back as a table.
+ * The vocabulary in which options.ts writes the schema of all options, and the schema read back as
+ * a table.
  *
- * A zod type knows shape and bounds. What it cannot hold (description, unit, whether a reload applies a change,
- * whether it is a secret, what is accepted in words) stands beside it in a registry, so that the reference, the
- * JSON Schema, the environment's names and every error message come from the same rows. Pure.
+ * A zod type knows shape and bounds. What it cannot hold (description, unit, whether a reload
+ * applies a change, whether it is a secret, what is accepted in words) stands beside it in a
+ * registry, so that the reference, the JSON Schema, the environment's names and every error message
+ * come from the same rows. Pure.
  */
 import * as z from "zod";
 
@@ -31,7 +33,7 @@ export type Fact = {
 
 const facts = z.registry<Fact>();
 
-// ---- one function per kind of option ------------------------------------------------------------------------
+// ---- one function per kind of option ------------------------------------------------------------
 
 type Range = readonly [min: number, max: number];
 
@@ -131,7 +133,7 @@ export function live<Leaf extends z.ZodType>(leaf: Leaf): Leaf {
   return leaf;
 }
 
-// ---- reading the schema back ------------------------------------------------------------------------------
+// ---- reading the schema back --------------------------------------------------------------------
 
 /** One option as a row: for the reference, the resolved table, the environment and reload. */
 export type OptionRow = {

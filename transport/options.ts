@@ -1,9 +1,9 @@
 /**
- * Every option of Headrace: one schema with description, unit, default and bounds, and the relations between
- * options. Pure data: reading files and the environment is config.ts.
+ * Every option of Headrace: one schema with description, unit, default and bounds, and the
+ * relations between options. Pure data: reading files and the environment is config.ts.
  *
- * No default stands anywhere else: a module that needs a number takes it from `Options`. A name carries its unit
- * (`connectMs`, `bodyBytesMax`), so values are plain numbers, and "5s" is an error that says what to write.
+ * What a user can set has its default here and nowhere else. A name carries its unit (`connectMs`,
+ * `bodyBytesMax`), so values are plain numbers, and "5s" is an error that says what to write.
  * "live" groups take effect on reload, "restart" groups are held by something that is built once.
  */
 import { createHash } from "node:crypto";
@@ -37,7 +37,7 @@ import {
 const MiB = 1024 * 1024;
 const GiB = 1024 * MiB;
 
-// ---- checks of texts ------------------------------------------------------------------------------------
+// ---- checks of texts ----------------------------------------------------------------------------
 
 const nameAccepted =
   "1 to 64 letters, digits, '.', '_', '-' or ':', starting with a letter or digit";
@@ -96,7 +96,7 @@ function models(doc: string) {
   return texts({ doc, accepted: "a model's name as clients send it", max: 1000 });
 }
 
-// ---- the schema -----------------------------------------------------------------------------------------
+// ---- the schema ---------------------------------------------------------------------------------
 
 /** Absent = unlimited. The same fields for one key and as default for all. */
 function limitsGroup(doc: string) {
@@ -135,14 +135,14 @@ const node = group("One inference node.", "live", {
     "LoRA adapters it holds, by the name clients send as model; unset = asked of the node.",
   ).exactOptional(),
   apiKey: text({
-    doc: "Sent to the node as bearer token, for its metrics and health too. Clients' keys are never passed on.",
+    doc: "Sent to the node as bearer token, also for metrics and health; clients' keys never are.",
     accepted: "printable ASCII without spaces, at most 512 characters",
     secret: "all",
     wrong: wrongSecret(1),
   }).exactOptional(),
   engine: choice(
     ["auto", "vllm", "sglang", "tgi", "trtllm", "llamacpp", "article"],
-    "Whose metrics to expect; auto = told by their names. article = JSON with queue_depth, avg_latency_seconds and gpu_memory_utilization.",
+    "Whose metrics to expect; auto = told by their names, article = JSON with queue_depth and so on.",
   ).default("auto"),
   metricsUrl: text({
     doc: "Where its metrics are; unset = /metrics under its URL.",
@@ -235,10 +235,10 @@ const schema = group("All options.", "restart", {
         "prequal",
         "article",
       ],
-      "headroom = affinity within bounded load, else least expected work; the others are for comparison. article = 0.5 queue + 0.3 latency + 0.2 GPU memory, least wins.",
+      "headroom = affinity within bounded load, else least expected work; the others, to compare.",
     ).default("headroom"),
     articleNormalised: boolean(
-      "Strategy article: bring its three terms to one scale first; false = add them as they are.",
+      "article (0.5 queue + 0.3 latency + 0.2 GPU memory): bring the terms to one scale first.",
     ).default(false),
     affinityLoadFactor: number(
       [1, 10],
@@ -327,7 +327,7 @@ const schema = group("All options.", "restart", {
       [1, 1000],
       "5xx answers and broken streams in a row that open the circuit.",
     ).default(5),
-    windowMs: ms([1000, 600_000], "Window over which failures and slow calls are counted.").default(
+    windowMs: ms([1000, 600_000], "Window over which failed and slow calls are counted.").default(
       30_000,
     ),
     callsMin: calls([1, 100_000], "Calls in the window before a ratio counts.").default(20),
@@ -337,16 +337,8 @@ const schema = group("All options.", "restart", {
     ).default(0.5),
     slowRatio: ratio(
       [0.01, 1],
-      "Share of slow calls in the window that opens the circuit.",
+      "Share of calls without a first token in time, in the window, that opens the circuit.",
     ).default(0.8),
-    slowMs: ms(
-      [100, 600_000],
-      "A call is slow when its first token takes longer than this and than slowFactor times the p95.",
-    ).default(10_000),
-    slowFactor: number(
-      [1, 100],
-      "Multiple of the pool's p95 time to first token above which a call may be slow.",
-    ).default(4),
     ejectedRatioMax: ratio(
       [0, 1],
       "Most of a model's nodes that may be out at once, at least one; further ones stay in at low weight.",
@@ -412,7 +404,7 @@ const schema = group("All options.", "restart", {
     ).exactOptional(),
     drainMs: ms(
       [0, 3_600_000],
-      "On a stop signal, time for requests in flight to end; keep it below the orchestrator's grace period.",
+      "Time for requests in flight to end on a stop signal; less than an orchestrator's grace period.",
     ).default(30_000),
     nodeDrainMs: ms([0, 3_600_000], "Time for a removed node's requests in flight to end.").default(
       120_000,
@@ -576,8 +568,9 @@ export type OptionsInput = DeepReadonly<z.input<typeof schema>>;
 export const defaults: Options = deepFreeze(schema.parse({}, { jitless: true }));
 
 /**
- * A key's limits, or (without a key) those of the tenant `local`: what it sets itself, else `defaultLimits`.
- * A burst belongs to its rate: a key with its own rate does not inherit the burst of another.
+ * A key's limits, or (without a key) those of the tenant `local`: what it sets itself, else
+ * `defaultLimits`. A burst belongs to its rate: a key with its own rate does not inherit the burst
+ * of another.
  */
 export function limitsOf(options: Options, entry?: KeyOptions): Options["defaultLimits"] {
   const { requestBurst, tokenBurst, ...rest } = options.defaultLimits;
@@ -596,7 +589,9 @@ export function nodeAddress(url: string): string {
   return `${hostname}:${port === "" ? (protocol === "https:" ? "443" : "80") : port}`;
 }
 
-/** The URL that routes are appended to ("…" + "/v1/chat/completions"): no trailing slash, no /v1. */
+/**
+ * The URL that routes are appended to ("…" + "/v1/chat/completions"): no trailing slash, no /v1.
+ */
 function baseUrl(url: string): string {
   const { origin, pathname } = new URL(url);
   return origin + pathname.replace(/\/+$/, "").replace(/\/v1$/, "").replace(/\/+$/, "");
@@ -620,15 +615,16 @@ export function optionsJsonSchema(): Record<string, unknown> {
   return jsonSchemaOf(schema);
 }
 
-// ---- parsing ----------------------------------------------------------------------------------------------
+// ---- parsing ------------------------------------------------------------------------------------
 
 export type ParsedOptions =
   | { readonly ok: true; readonly options: Options }
   | { readonly ok: false; readonly problems: readonly Problem[] };
 
 /**
- * Resolves what a user gave, or says all that is wrong with it at once. Fields that are `undefined`, and groups
- * and lists that are `null` (in YAML: all of it commented out), count as left out.
+ * Resolves what a user gave, or says all that is wrong with it at once. Fields that are
+ * `undefined`, and groups and lists that are `null` (in YAML: all of it commented out), count as
+ * left out.
  */
 export function parseOptions(input: unknown): ParsedOptions {
   const given = tidy(input ?? {}, schema);
@@ -650,7 +646,10 @@ export function parseOptions(input: unknown): ParsedOptions {
     : { ok: false, problems };
 }
 
-/** A copy along the schema without absent fields; what the schema does not know stays for it to refuse. */
+/**
+ * A copy along the schema without absent fields; what the schema does not know stays for it to
+ * refuse.
+ */
 function tidy(value: unknown, wrapped: z.core.$ZodType): unknown {
   const { inner } = unwrap(wrapped);
   if (inner instanceof z.ZodArray && Array.isArray(value)) {
@@ -681,8 +680,8 @@ function whole(options: Options): { options: Options; kept: Kept } {
 }
 
 /**
- * The options without what is wrong (a node or key at fault is left out whole), so that the relations of the
- * rest can be checked in the same run. Undefined where even that does not parse.
+ * The options without what is wrong (a node or key at fault is left out whole), so that the
+ * relations of the rest can be checked in the same run. Undefined where even that does not parse.
  */
 function withoutFaults(
   given: unknown,
@@ -710,7 +709,9 @@ function withoutFaults(
   return parsed.success ? { options: parsed.data, kept } : undefined;
 }
 
-/** Removes the option that `at` lies in; a faulty entry of a list of texts takes the list with it. */
+/**
+ * Removes the option that `at` lies in; a faulty entry of a list of texts takes the list with it.
+ */
 function removeAt(root: Record<string, unknown>, at: Problem["at"]): void {
   const index = at.findIndex((segment) => typeof segment === "number");
   const names = index < 0 ? at : at.slice(0, index);
@@ -720,7 +721,7 @@ function removeAt(root: Record<string, unknown>, at: Problem["at"]): void {
   if (last !== undefined && isMapping(parent)) delete parent[last];
 }
 
-// ---- relations ----------------------------------------------------------------------------------------------
+// ---- relations ----------------------------------------------------------------------------------
 
 /** `paths[0]` is where the problem is reported; a fault in any of them hides it. */
 type Relation = { paths: readonly string[]; message: string };
@@ -763,7 +764,9 @@ function* brokenClocks({ timeouts, scrape, router, circuit }: Options): Generato
   if (timeouts.connectMs >= timeouts.totalMs) {
     yield {
       paths: ["timeouts.connectMs", "timeouts.totalMs"],
-      message: `${timeouts.connectMs} is not less than timeouts.totalMs (${timeouts.totalMs}): nothing would be left for the answer`,
+      message:
+        `${timeouts.connectMs} is not less than timeouts.totalMs (${timeouts.totalMs}): ` +
+        "nothing would be left for the answer",
     };
   }
   const sampleAgeMs = Math.ceil(scrape.intervalMs * (1 + scrape.jitterRatio) + scrape.timeoutMs);
@@ -771,8 +774,9 @@ function* brokenClocks({ timeouts, scrape, router, circuit }: Options): Generato
     yield {
       paths: ["router.staleMs", "scrape.intervalMs", "scrape.jitterRatio", "scrape.timeoutMs"],
       message:
-        `${router.staleMs} is not more than ${sampleAgeMs}, the age that metrics reach between two readings ` +
-        "(scrape.intervalMs with its jitter, and scrape.timeoutMs): healthy nodes would count as stale",
+        `${router.staleMs} is not more than ${sampleAgeMs}, the age that metrics reach between two ` +
+        "readings (scrape.intervalMs with its jitter, and scrape.timeoutMs): " +
+        "healthy nodes would count as stale",
     };
   }
   if (circuit.wedgedMs <= 2 * scrape.intervalMs) {
@@ -815,7 +819,8 @@ function* brokenNodes({ nodes }: Options, kept: Kept): Generator<Relation> {
     yield {
       paths: ["nodes"],
       message:
-        "is empty: without a node nothing can be answered; accepted: a list such as [{url: http://10.0.0.5:8000}]",
+        "is empty: without a node nothing can be answered; " +
+        "accepted: a list such as [{url: http://10.0.0.5:8000}]",
     };
   }
   const addresses = new Map<string, number>();
@@ -845,8 +850,8 @@ function* brokenKeys({ keys, listen, admin }: Options, kept: Kept): Generator<Re
     yield {
       paths: ["listen.host", "keys"],
       message:
-        `${JSON.stringify(listen.host)} can be reached from outside, and no keys are configured: anyone could use the nodes; ` +
-        "configure keys, or listen on 127.0.0.1",
+        `${JSON.stringify(listen.host)} can be reached from outside, and no keys are configured: ` +
+        "anyone could use the nodes; configure keys, or listen on 127.0.0.1",
     };
   }
   const adminHash = admin.token === undefined ? undefined : sha256(admin.token);

@@ -1,0 +1,81 @@
+/** `headrace serve`: the gateway as a server. SIGHUP reloads, SIGTERM and SIGINT drain, a second one ends at once. */
+import cliProgress from "cli-progress";
+import { Command } from "commander";
+import type { ConfigSources } from "../transport/config.ts";
+import { createLog, type Log } from "../transport/log.ts";
+import type { Options } from "../transport/options.ts";
+import { Server } from "../transport/server.ts";
+import { configSources, loadConfigOrExit, withConfigFlags } from "./config.ts";
+
+export function serveCommand(): Command {
+  const command = new Command("serve").description("run the gateway in front of inference nodes");
+  return withConfigFlags(command).action(() => serve(command));
+}
+
+async function serve(command: Command): Promise<void> {
+  const { options } = await loadConfigOrExit(command);
+  const log = createLog(options.log.level, options.log.format);
+  const server = await Server.start(options, log, (error) => {
+    log.error({ error: String(error) }, "the actor system gave up");
+    process.exit(1);
+  }).catch((error: NodeJS.ErrnoException) => command.error(whyNoStart(error, options)));
+  log.info({ host: options.listen.host, port: server.port, nodes: options.nodes.length }, "listening");
+  process.send?.({ kind: "listening", port: server.port });
+  handleSignals(server, configSources(command, process.env), log);
+  await warm(server, log);
+}
+
+function whyNoStart(error: NodeJS.ErrnoException, { listen }: Options): string {
+  const where = `${listen.host}:${listen.port}`;
+  if (error.code === "EADDRINUSE") {
+    return `headrace serve: ${where} is taken by another process; choose another with --port`;
+  }
+  if (error.code === "EACCES") return `headrace serve: not allowed to listen on ${where}`;
+  return `headrace serve: cannot start: ${error.message}`;
+}
+
+function handleSignals(server: Server, sources: ConfigSources, log: Log): void {
+  let stopping = false;
+  const stop = (signal: string): void => {
+    if (stopping) process.exit(1); // The second one: at once.
+    stopping = true;
+    log.info({ signal }, "draining");
+    server.stop().then(
+      () => {
+        log.info({}, "stopped");
+        process.exit(0);
+      },
+      (error) => {
+        log.error({ error: String(error) }, "the stop failed");
+        process.exit(1);
+      },
+    );
+  };
+  process.on("SIGTERM", () => stop("SIGTERM"));
+  process.on("SIGINT", () => stop("SIGINT"));
+  process.on("SIGHUP", () => void server.reload(sources));
+}
+
+/** Shows the warm-up on a terminal as a bar, elsewhere as two log lines. */
+async function warm(server: Server, log: Log): Promise<void> {
+  const bar = process.stderr.isTTY
+    ? new cliProgress.SingleBar({ format: "warm-up {value} prompts, {filled} new, {present} cached" })
+    : null;
+  let started = false;
+  try {
+    const report = await server.warmUp(({ done, filled, present }) => {
+      if (!started) bar?.start(done, 0, { filled, present });
+      started = true;
+      bar?.setTotal(done);
+      bar?.update(done, { filled, present });
+    });
+    if (started) bar?.stop();
+    if (report === undefined) return;
+    const { done, filled, present, failures } = report;
+    log.info({ done, filled, present, failed: failures.length }, "warm-up ended");
+    for (const failure of failures) log.warn(failure, "a prompt of the warm-up failed");
+  } catch (error) {
+    if (started) bar?.stop();
+    log.error({ reason: error instanceof Error ? error.message : String(error) }, "warm-up failed");
+  }
+}

@@ -1,0 +1,96 @@
+/**
+ * The operator's routes under `/admin/`: off unless a token is configured, and then only with it.
+ *
+ *   GET    /admin/nodes                  every node with all its state
+ *   POST   /admin/nodes                  add one: {"url": …, "name"?: …, …} as in the configuration
+ *   DELETE /admin/nodes/NAME             drain it, then remove it
+ *   POST   /admin/nodes/NAME/drain       no new requests
+ *   POST   /admin/nodes/NAME/undrain
+ *   GET    /admin/state                  all actors: router, queue, cache, limits, mailboxes
+ *   GET    /admin/explain/REQUEST_ID     why a request went as it did
+ *   DELETE /admin/cache[?tenant=NAME]    purge one tenant's entries, or all
+ */
+import { hash, timingSafeEqual } from "node:crypto";
+import type { ErrorCode } from "../actors/errors.ts";
+import { ConfigError } from "./config.ts";
+import { errorBody, httpErrors } from "./http-errors.ts";
+import type { Gateway } from "./main.ts";
+
+export type AdminAnswer = { status: number; body: unknown };
+
+export class Admin {
+  readonly #gateway: Gateway;
+
+  constructor(gateway: Gateway) {
+    this.#gateway = gateway;
+  }
+
+  /** Never rejects: what goes wrong is an answer. */
+  async handle(
+    method: string,
+    path: string,
+    query: string,
+    authorization: string | undefined,
+    body: Buffer,
+  ): Promise<AdminAnswer> {
+    const token = this.#gateway.options.admin.token;
+    if (token === undefined) return refusal("admin_disabled");
+    const given = /^bearer (.+)$/i.exec(authorization ?? "")?.[1] ?? "";
+    const matches = timingSafeEqual(
+      Buffer.from(hash("sha256", given, "hex")),
+      Buffer.from(hash("sha256", token, "hex")),
+    );
+    if (!matches) return refusal("admin_forbidden");
+    try {
+      return await this.#route(method, path.slice("/admin/".length).split("/"), query, body);
+    } catch (error) {
+      if (error instanceof ConfigError || error instanceof SyntaxError) {
+        return refusal("invalid_request", error.message);
+      }
+      throw error;
+    }
+  }
+
+  async #route(method: string, parts: string[], query: string, body: Buffer): Promise<AdminAnswer> {
+    const [what, encodedName, verb] = parts;
+    const name = encodedName === undefined ? undefined : decodeURIComponent(encodedName);
+    const call = `${method} ${what}${name === undefined ? "" : "/…"}${verb === undefined ? "" : `/${verb}`}`;
+    switch (call) {
+      case "GET nodes":
+        return { status: 200, body: { nodes: (await this.#gateway.state()).nodes } };
+      case "POST nodes":
+        return { status: 201, body: { added: this.#gateway.addNode(JSON.parse(body.toString("utf8"))) } };
+      case "GET state":
+        return { status: 200, body: await this.#gateway.state() };
+      case "DELETE cache": {
+        const tenant = new URLSearchParams(query).get("tenant") ?? undefined;
+        return { status: 200, body: { removed: await this.#gateway.purge(tenant) } };
+      }
+      case "GET explain/…": {
+        const explanation = this.#gateway.explain(name ?? "");
+        if (explanation !== undefined) return { status: 200, body: explanation };
+        return refusal("not_found", "no request of that id is among the last 1000 that ended");
+      }
+      case "DELETE nodes/…":
+      case "POST nodes/…/drain":
+      case "POST nodes/…/undrain":
+        return this.#node(name ?? "", method === "DELETE" ? "remove" : (verb as "drain" | "undrain"));
+      default:
+        return refusal("not_found", "there is no such admin route");
+    }
+  }
+
+  #node(name: string, action: "remove" | "drain" | "undrain"): AdminAnswer {
+    if (!this.#gateway.hasNode(name)) {
+      const known = this.#gateway.nodeNames().join(", ");
+      return refusal("not_found", `there is no node of that name; nodes: ${known}`);
+    }
+    if (action === "remove") void this.#gateway.removeNode(name);
+    else this.#gateway.drainNode(name, action === "drain");
+    return { status: 202, body: { node: name, action } };
+  }
+}
+
+function refusal(code: ErrorCode, message?: string): AdminAnswer {
+  return { status: httpErrors[code].status, body: errorBody(code, message) };
+}

@@ -1,0 +1,380 @@
+/**
+ * The composition root: the one file that builds a whole Headrace, for a server and for a host program alike.
+ * It makes edges and actors, connects what they report to metrics, log, recording and explanations, and carries
+ * out what the operator wants (nodes, purge, reload, drain).
+ */
+import { randomBytes } from "node:crypto";
+import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
+import { SystemClock } from "../runtime/clock.ts";
+import { NactScheduler } from "../runtime/nact-scheduler.ts";
+import { Random } from "../runtime/random.ts";
+import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
+import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
+import { GatewayRefs, gatewayTree, NODES_PATH, nodeSpec } from "../actors/gateway.ts";
+import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
+import type { NodeId } from "../actors/protocol.ts";
+import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
+import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
+import type { RouterDescription, RouterMessage } from "../actors/router.ts";
+import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
+import { DataPlane } from "./data-plane.ts";
+import { Front } from "./front.ts";
+import { KeyTable } from "./keys.ts";
+import type { Log } from "./log.ts";
+import { Metrics, type StateSnapshot } from "./metrics.ts";
+import type { NodeOptions, Options } from "./options.ts";
+import { type Explanation, explain, RecentRequests, Recorder } from "./records.ts";
+import type { RedisStore } from "./redis-store.ts";
+import { ScraperEdge } from "./scraper.ts";
+import { frontOptions, gatewaySettings, nodeSettings, upstreamOptions } from "./settings.ts";
+import { UpstreamEdge } from "./upstream.ts";
+
+/** How long an actor may take to describe itself for an operator. */
+const DESCRIBE_MS = 1000;
+
+/** A node and what is known of its models. */
+type KnownNode = { options: NodeOptions; models: readonly string[] | undefined };
+
+export class Gateway {
+  readonly front: Front;
+  readonly #log: Log;
+  readonly #system: ActorSystem;
+  readonly #refs: GatewayRefs;
+  readonly #upstream: UpstreamEdge;
+  readonly #scraper: ScraperEdge;
+  readonly #store: RedisStore | undefined;
+  readonly #nowMs: () => number;
+  readonly #metrics = new Metrics();
+  readonly #recent = new RecentRequests();
+  readonly #recorder: Recorder | null;
+  readonly #nodes = new Map<NodeId, KnownNode>();
+  #served: { names: readonly string[]; complete: boolean } = { names: [], complete: false };
+  #options: Options;
+  #keys: KeyTable;
+  #closed: Promise<void> | null = null;
+
+  /**
+   * Builds and starts everything; no port is opened.
+   * @param onFatal called when the actor system gives up: the process should end with a failure.
+   */
+  static async start(options: Options, log: Log, onFatal: (error: unknown) => void): Promise<Gateway> {
+    const { redis } = options.cache;
+    // Loaded only when used: a gateway without Redis does not pay for the client.
+    const store =
+      redis === undefined ? undefined : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
+    return new Gateway(options, log, store, onFatal);
+  }
+
+  private constructor(
+    options: Options,
+    log: Log,
+    store: RedisStore | undefined,
+    onFatal: (error: unknown) => void,
+  ) {
+    this.#options = options;
+    this.#log = log;
+    this.#store = store;
+    this.#keys = new KeyTable(options);
+    const clock = new SystemClock();
+    this.#nowMs = () => clock.nowUs() / 1000;
+    const idPrefix = randomBytes(6).toString("hex");
+    this.#system = createSystem({
+      scheduler: new NactScheduler({ mode: "dispatcher", clock }),
+      clock,
+      random: new Random(idPrefix),
+    });
+    const post = <T>(to: ActorRef<T>, message: T): void => void this.#system.tell(to, message);
+    const reply = <R>(to: ReplyTo<R>, value: R): void => this.#system.reply(to, value);
+    const settings = gatewaySettings(options);
+    this.#refs = new GatewayRefs((path) => this.#system.ref(path), settings.cacheShards);
+    const data = new DataPlane();
+    this.#upstream = new UpstreamEdge(upstreamOptions(options), {
+      data,
+      post,
+      reply,
+      nowMs: this.#nowMs,
+      modelOf: (node) => this.#nodes.get(node)?.models?.[0],
+    });
+    this.#scraper = new ScraperEdge(options, { post, random: new Random(`${idPrefix} scraper`) });
+    this.front = new Front(frontOptions(options), {
+      data,
+      nowMs: this.#nowMs,
+      idPrefix,
+      requests: this.#refs.requests,
+      post,
+      authenticate: (key) => this.#keys.authenticate(key),
+      models: () => this.#served,
+      onRefused: (code, route) => this.#metrics.onRefused(code, route),
+    });
+    for (const node of options.nodes) this.#register(node);
+    const { file } = options.record;
+    this.#recorder =
+      file === undefined
+        ? null
+        : new Recorder(file, this.#nowMs(), (error) =>
+            this.#log.error({ file, reason: error.message }, "the recording cannot be written"),
+          );
+    const tree = gatewayTree(settings, this.#refs, {
+      front: () => this.front,
+      upstream: () => this.#upstream,
+      scraper: () => this.#scraper,
+      ...(store === undefined ? {} : { store: () => store.edge(reply) }),
+    });
+    this.#system.start(tree, {
+      onEvent: (event, from) => this.#onEvent(event, from),
+      onFatal,
+    });
+  }
+
+  get options(): Options {
+    return this.#options;
+  }
+
+  // ---- nodes ------------------------------------------------------------------------------------------------
+
+  /** @throws ConfigError for options that are not acceptable. */
+  addNode(input: unknown): string {
+    const nodes = [...this.#options.nodes, input] as Options["nodes"];
+    const options = readOptions({ ...this.#options, nodes });
+    const node = options.nodes[options.nodes.length - 1];
+    if (node === undefined) throw new Error("a list with a node added cannot be empty");
+    this.#options = options;
+    this.#startNode(node);
+    return node.name;
+  }
+
+  hasNode(name: string): boolean {
+    return this.#nodes.has(name);
+  }
+
+  nodeNames(): string[] {
+    return [...this.#nodes.keys()];
+  }
+
+  drainNode(name: string, drains: boolean): void {
+    const node = this.#refs.node(name);
+    this.#system.tell(node, { kind: drains ? "gpu_node.drain" : "gpu_node.undrain" });
+  }
+
+  /** Drains it, waits for its requests (at most timeouts.nodeDrainMs), then forgets it. */
+  async removeNode(name: string): Promise<void> {
+    const known = this.#nodes.get(name);
+    if (known === undefined) return;
+    this.#options = { ...this.#options, nodes: this.#options.nodes.filter((n) => n.name !== name) };
+    this.drainNode(name, true);
+    const untilMs = this.#nowMs() + this.#options.timeouts.nodeDrainMs;
+    while (this.#nowMs() < untilMs && this.#closed === null) {
+      const described = await this.#describeNode(name);
+      if (described === undefined || described.snapshot.inflight === 0) break;
+      await new Promise((resolve) => setTimeout(resolve, 100).unref());
+    }
+    if (this.#nodes.get(name) !== known) return; // Added anew meanwhile.
+    this.#nodes.delete(name);
+    this.#learnModels();
+    this.#system.stop(this.#refs.node(name));
+    this.#system.tell(this.#refs.router, { kind: "router.node_removed", node: name });
+    this.#refs.forgetNode(name);
+    this.#upstream.removeNode(name);
+    this.#scraper.removeNode(name);
+  }
+
+  #startNode(node: NodeOptions): void {
+    this.#register(node);
+    this.#system.spawn(NODES_PATH, nodeSpec(nodeSettings(node, this.#options), this.#refs));
+  }
+
+  #register(node: NodeOptions): void {
+    const apiKey = node.apiKey === undefined ? {} : { apiKey: node.apiKey };
+    this.#upstream.addNode({ node: node.name, url: node.url, ...apiKey });
+    this.#scraper.addNode(node);
+    this.#nodes.set(node.name, { options: node, models: node.models });
+    this.#learnModels();
+  }
+
+  #learnModels(): void {
+    const names = new Set<string>();
+    let complete = true;
+    for (const { models, options } of this.#nodes.values()) {
+      if (models === undefined) complete = false;
+      for (const model of models ?? []) names.add(model);
+      for (const adapter of options.adapters ?? []) names.add(adapter);
+    }
+    this.#served = { names: [...names].sort(), complete };
+  }
+
+  /** A model that is served, as soon as one is known; undefined when `signal` aborts first. */
+  async firstModel(signal: AbortSignal): Promise<string | undefined> {
+    while (this.#served.names.length === 0 && !signal.aborted && this.#closed === null) {
+      await new Promise((resolve) => setTimeout(resolve, 100).unref());
+    }
+    return this.#served.names[0];
+  }
+
+  // ---- what is asked of it ------------------------------------------------------------------------------------
+
+  explain(requestId: string): Explanation | undefined {
+    const record = this.#recent.get(requestId);
+    return record === undefined ? undefined : explain(record);
+  }
+
+  /** Removes a tenant's cached answers, or all; resolves with how many. */
+  async purge(tenant: string | undefined): Promise<number> {
+    const counts = await Promise.all(
+      this.#refs.cacheShards.map((shard) =>
+        this.#system.ask<CacheMessage, { removed: number }>(shard, 60_000, (replyTo) => ({
+          kind: "cache.purge",
+          ...(tenant === undefined ? {} : { tenant }),
+          replyTo,
+        })),
+      ),
+    );
+    return counts.reduce((sum, outcome) => sum + (outcome.ok ? outcome.value.removed : 0), 0);
+  }
+
+  async state(): Promise<StateSnapshot> {
+    const [nodes, router, shards, limiter, requests] = await Promise.all([
+      Promise.all(this.nodeNames().map((name) => this.#describeNode(name))),
+      this.#ask<RouterMessage, RouterDescription>(this.#refs.router, (replyTo) => ({
+        kind: "router.describe",
+        replyTo,
+      })),
+      Promise.all(
+        this.#refs.cacheShards.map((shard) =>
+          this.#ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
+            kind: "cache.describe",
+            replyTo,
+          })),
+        ),
+      ),
+      this.#ask<RateLimiterMessage, LimiterDescription>(this.#refs.limiter, (replyTo) => ({
+        kind: "limiter.describe",
+        replyTo,
+      })),
+      this.#ask<RequestMessage, RequestDescription>(this.#refs.requests, (replyTo) => ({
+        kind: "request.describe",
+        replyTo,
+      })),
+    ]);
+    const cache = shards.filter((shard) => shard !== undefined);
+    return {
+      nodes: nodes.filter((node) => node !== undefined),
+      ...(router === undefined ? {} : { router }),
+      ...(cache.length === 0 ? {} : { cache: sumOf(cache) }),
+      ...(limiter === undefined ? {} : { limiter }),
+      ...(requests === undefined ? {} : { requests }),
+      ...(this.#store === undefined ? {} : { store: this.#store.stats() }),
+      system: this.#system.stats(),
+    };
+  }
+
+  async metrics(): Promise<{ contentType: string; text: string }> {
+    return this.#metrics.expose(await this.state());
+  }
+
+  /** Ready: not draining, and a node may take a request. */
+  async ready(): Promise<{ ready: boolean; reason: string }> {
+    if (this.front.draining) return { ready: false, reason: "draining" };
+    const nodes = (await this.state()).nodes.map(({ snapshot }) => snapshot);
+    if (nodes.length === 0) return { ready: false, reason: "no node is configured" };
+    const usable = nodes.filter((node) => node.circuit !== "open" && node.healthy && !node.draining);
+    if (usable.length === 0) return { ready: false, reason: "no node is healthy" };
+    return { ready: true, reason: `${usable.length} of ${nodes.length} nodes are usable` };
+  }
+
+  #ask<M, R>(to: ActorRef<M>, message: (replyTo: ReplyTo<R>) => M): Promise<R | undefined> {
+    return this.#system
+      .ask(to, DESCRIBE_MS, message)
+      .then((outcome) => (outcome.ok ? outcome.value : undefined));
+  }
+
+  #describeNode(name: NodeId): Promise<NodeDescription | undefined> {
+    return this.#ask<GpuNodeMessage, NodeDescription>(this.#refs.node(name), (replyTo) => ({
+      kind: "gpu_node.describe",
+      replyTo,
+    }));
+  }
+
+  // ---- change and end -----------------------------------------------------------------------------------------
+
+  /** Applies new options, or (when some need a restart) none of them. */
+  reload(next: Options): ReloadPlan {
+    const plan = diffForReload(this.#options, next);
+    if (plan.refuse.length > 0) return plan;
+    this.#options = next;
+    this.#keys = new KeyTable(next);
+    this.front.configure(frontOptions(next));
+    this.#log.setLevel(next.log.level);
+    for (const node of plan.nodes.removed) void this.removeNode(node.name);
+    for (const { from, to } of plan.nodes.changed)
+      void this.removeNode(from.name).then(() => this.#startNode(to));
+    for (const node of plan.nodes.added) this.#startNode(node);
+    return plan;
+  }
+
+  /** Refuses new requests and waits for the open ones; what is still open after `timeoutMs` is cut. */
+  async drain(timeoutMs: number = this.#options.timeouts.drainMs): Promise<void> {
+    let timer: NodeJS.Timeout | undefined;
+    const timeout = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, timeoutMs);
+    });
+    await Promise.race([this.front.drain(), timeout]);
+    clearTimeout(timer);
+    this.front.cutAll();
+  }
+
+  /** Ends everything; open requests fail. Idempotent. */
+  close(): Promise<void> {
+    this.#closed ??= this.#close();
+    return this.#closed;
+  }
+
+  async #close(): Promise<void> {
+    await this.drain(0);
+    await new Promise((resolve) => setImmediate(resolve)); // The last messages: settle, release, forget.
+    this.#system.stopAll();
+    this.#scraper.close();
+    await Promise.all([this.#upstream.close(), this.#store?.close(), this.#recorder?.close()]);
+  }
+
+  // ---- what the actors report ---------------------------------------------------------------------------------
+
+  #onEvent(event: SystemEvent | { kind: string }, from: string): void {
+    const known = event as RequestFinished | GpuNodeEvent; // Others fall through by their kind.
+    switch (known.kind) {
+      case "request.finished": {
+        const { record } = known;
+        this.#recent.add(record);
+        this.#metrics.onFinished(record);
+        this.#recorder?.write(record);
+        return;
+      }
+      case "gpu_node.circuit_changed":
+        this.#metrics.onCircuitChanged(known.node, known.to);
+        return this.#log.warn(fieldsOf(known), "the circuit of a node changed");
+      case "gpu_node.models_changed": {
+        const node = this.#nodes.get(known.node);
+        if (node !== undefined) node.models = known.models;
+        return this.#learnModels();
+      }
+    }
+    this.#metrics.onEvent(event.kind);
+    if (event.kind === "runtime.dead_letter") return this.#log.debug(fieldsOf(event), event.kind);
+    if (event.kind.startsWith("runtime.")) return this.#log.error({ from, ...fieldsOf(event) }, event.kind);
+    this.#log.info({ from, ...fieldsOf(event) }, event.kind);
+  }
+}
+
+/** An event without its kind; an error as its message and stack. */
+function fieldsOf({ kind: _, ...fields }: { kind: string }): object {
+  const { error, ...rest } = fields as { error?: unknown };
+  if (error === undefined) return rest;
+  return { ...rest, error: error instanceof Error ? error.stack : String(error) };
+}
+
+function sumOf(shards: readonly CacheDescription[]): CacheDescription {
+  const sum: Record<string, number> = {};
+  for (const shard of shards) {
+    for (const [name, value] of Object.entries(shard)) sum[name] = (sum[name] ?? 0) + value;
+  }
+  return sum as CacheDescription;
+}

@@ -1,0 +1,107 @@
+/**
+ * From options, as a person writes them, to what each actor and edge is built with. Pure: the simulator builds
+ * its gateways from the same options through the same functions.
+ */
+import { cacheDefaults } from "../actors/cache.ts";
+import type { GatewaySettings, NodeSettings } from "../actors/gateway.ts";
+import { limiterDefaults } from "../actors/rate-limiter.ts";
+import type { RequestOptions } from "../actors/request.ts";
+import type { FrontOptions } from "./front.ts";
+import { type NodeOptions, nodeAddress, type Options } from "./options.ts";
+import { type UpstreamOptions, upstreamDefaults } from "./upstream.ts";
+
+/** Cache actors of one process: enough that none is busy, few enough that each has room. */
+const CACHE_SHARDS = 8;
+/** A limiter answers from memory; one that takes longer is not there. */
+const ADMIT_MS = 500;
+/** The cache's own time-out for the store comes first. */
+const LOOKUP_MARGIN_MS = 50;
+
+export function gatewaySettings(options: Options): GatewaySettings {
+  const { cache, queue, retry, router, timeouts } = options;
+  return {
+    cacheShards: CACHE_SHARDS,
+    cache: {
+      ...cacheDefaults,
+      ttlMs: cache.ttlMs,
+      bytesMax: cache.bytesMax,
+      answerBytesMax: cache.answerBytesMax,
+      storeTimeoutMs: cache.storeTimeoutMs,
+      flightMsMax: timeouts.totalMs * 2,
+    },
+    limiter: limiterDefaults,
+    router: {
+      ranking: router,
+      queue,
+      retry,
+      ejectedRatioMax: options.circuit.ejectedRatioMax,
+    },
+    requests: requestOptions(options),
+    nodes: options.nodes.map((node) => nodeSettings(node, options)),
+  };
+}
+
+export function requestOptions({ cache, retry, timeouts }: Options): RequestOptions {
+  return {
+    attemptsMax: retry.attemptsMax,
+    backoffBaseMs: retry.backoffBaseMs,
+    backoffMaxMs: retry.backoffMaxMs,
+    firstTokenMs: timeouts.firstTokenMs,
+    stallMs: timeouts.stallMs,
+    totalMs: timeouts.totalMs,
+    lookupMs: cache.storeTimeoutMs + LOOKUP_MARGIN_MS,
+    admitMs: ADMIT_MS,
+  };
+}
+
+export function nodeSettings(node: NodeOptions, options: Options): NodeSettings {
+  const { circuit, concurrency, health, retry, router, timeouts } = options;
+  return {
+    node: node.name,
+    address: nodeAddress(node.url),
+    ...(node.models === undefined ? {} : { models: node.models }),
+    ...(node.adapters === undefined ? {} : { adapters: node.adapters }),
+    ...(node.inflightMax === undefined ? {} : { inflightMax: node.inflightMax }),
+    concurrency,
+    circuit: {
+      localFailures: circuit.localFailures,
+      gatewayFailures: circuit.gatewayFailures,
+      windowMs: circuit.windowMs,
+      callsMin: circuit.callsMin,
+      failureRatio: circuit.failureRatio,
+      slowRatio: circuit.slowRatio,
+      openMs: circuit.openMs,
+      openMsMax: circuit.openMsMax,
+      halfOpenPermits: circuit.halfOpenPermits,
+      halfOpenSuccesses: circuit.halfOpenSuccesses,
+      halfOpenMs: circuit.halfOpenMs,
+      slowStartMs: router.slowStartMs,
+      slowStartWeightMin: router.slowStartWeightMin,
+    },
+    kvGate: router.kvGate,
+    restMsMax: retry.restMsMax,
+    wedgedMs: circuit.wedgedMs,
+    healthFailures: health.failures,
+    healthSuccesses: health.successes,
+    drainMs: timeouts.nodeDrainMs,
+  };
+}
+
+export function frontOptions({ cache, record, requests, timeouts }: Options): FrontOptions {
+  return {
+    requests,
+    requestTimeoutMs: timeouts.requestMsDefault,
+    requestTimeoutMsMax: timeouts.totalMs,
+    cacheEnabled: cache.enabled,
+    recordsPrefixes: record.file !== undefined,
+  };
+}
+
+export function upstreamOptions({ cache, requests, timeouts }: Options): UpstreamOptions {
+  return {
+    ...upstreamDefaults,
+    connectMs: timeouts.connectMs,
+    sseEventBytesMax: requests.sseLineBytesMax,
+    answerBytesMax: Math.max(upstreamDefaults.answerBytesMax, cache.answerBytesMax),
+  };
+}
