@@ -331,7 +331,6 @@ export class CircuitBreaker {
     this.#permitsTaken = 0;
     this.#successes = 0;
     this.#resultDueAtMs = Number.POSITIVE_INFINITY;
-    this.#probationUntilMs = Number.NEGATIVE_INFINITY;
     this.#clearEvidence();
   }
 
@@ -394,7 +393,6 @@ class CallWindow {
   /** Forgets what has become too old. */
   advance(nowMs: number): void {
     const newest = Math.floor(nowMs / this.#bucketMs);
-    if (newest - this.#newest >= BUCKETS) this.clear();
     while (this.#newest < newest && this.calls > 0) {
       const index = ++this.#newest % BUCKETS;
       this.calls -= this.#calls[index] ?? 0;

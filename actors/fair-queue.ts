@@ -384,12 +384,23 @@ export class FairQueue<E extends QueueEntry> {
   }
 }
 
-/** The tenant with the least counter; of equals, the one that has waited for longer. */
-function leastServed<E>(active: ReadonlySet<Tenant<E>>): Tenant<E> | undefined {
+/** The tenant with the least counter; of equals, the one whose first entry arrived first. */
+function leastServed<E extends QueueEntry>(active: ReadonlySet<Tenant<E>>): Tenant<E> | undefined {
   let least: Tenant<E> | undefined;
-  for (const tenant of active)
-    if (least === undefined || tenant.counter < least.counter) least = tenant;
+  for (const tenant of active) {
+    if (
+      least === undefined ||
+      tenant.counter < least.counter ||
+      (tenant.counter === least.counter && firstArrivalAtMs(tenant) < firstArrivalAtMs(least))
+    ) {
+      least = tenant;
+    }
+  }
   return least;
+}
+
+function firstArrivalAtMs<E extends QueueEntry>({ head }: Tenant<E>): number {
+  return head?.entry.arrivedAtMs ?? 0;
 }
 
 function forgetIdle<E>(band: Band<E>): void {

@@ -23,17 +23,18 @@ import {
   type RateLimiterOptions,
 } from "./rate-limiter.ts";
 import { RequestActor, type RequestMessage, type RequestOptions } from "./request.ts";
-import { RouterActor, type RouterMessage, type RouterOptions } from "./router.ts";
+import { RouterActor, type RouterMessage, type RouterSettings } from "./router.ts";
 
 /** What the caller decides for one node; addresses of other actors are filled in here. */
-export type NodeSettings = Omit<GpuNodeOptions, "upstream" | "scraper" | "routers">;
+export type NodeSettings = Omit<GpuNodeOptions, "upstream" | "scraper">;
 
 export type GatewaySettings = {
   /** Cache actors, 1…4096. */
   cacheShards: number;
-  cache: Omit<CacheOptions, "store">;
+  /** `bytesMax` is that of all shards together. */
+  cache: CacheOptions;
   limiter: RateLimiterOptions;
-  router: Omit<RouterOptions, "node" | "nodes">;
+  router: RouterSettings;
   requests: RequestOptions;
   /** Nodes at the start; more come and go by `spawn` and `stop`. */
   nodes: readonly NodeSettings[];
@@ -116,8 +117,8 @@ export function gatewayTree(
   const cache: CacheOptions = {
     ...settings.cache,
     bytesMax: Math.floor(settings.cache.bytesMax / settings.cacheShards),
-    ...(store === undefined ? {} : { store: refs.store }),
   };
+  const cacheStore = store === undefined ? undefined : refs.store;
   return supervisor("headrace", 3, 60_000, [
     supervisor("edges", 10, 60_000, [
       actor<FrontCommand>("front", edges.front),
@@ -129,7 +130,9 @@ export function gatewayTree(
       "cache",
       10,
       60_000,
-      refs.cacheShards.map((_, i) => actor<CacheMessage>(String(i), () => new CacheActor(cache))),
+      refs.cacheShards.map((_, i) =>
+        actor<CacheMessage>(String(i), () => new CacheActor(cache, cacheStore)),
+      ),
     ),
     actor<RateLimiterMessage>("limiter", () => new RateLimiterActor(settings.limiter)),
     supervisor(
@@ -151,7 +154,7 @@ export function gatewayTree(
   ]);
 }
 
-/** The child that stands for one inference node. */
+/** The child that stands for one inference node. One that is added later is to be told of the router. */
 export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNodeMessage> {
   refs.node(node.node); // From now on the node is known by name.
   return actor<GpuNodeMessage>(
@@ -161,7 +164,6 @@ export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNo
         ...node,
         upstream: refs.upstream,
         scraper: refs.scraper,
-        routers: [refs.router],
       }),
   );
 }

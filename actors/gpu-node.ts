@@ -586,7 +586,6 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     if (from === "half_open" && breaker.state === "closed") {
       context.cancelTimer("circuit");
       context.startTimer("ramp", RAMP_STEP_MS, { kind: "gpu_node.ramp_due" });
-      this.#stuckSinceMs = undefined;
       this.#emitCircuit(from, "trials_succeeded", breaker.numbers(nowMs), context);
     }
   }
@@ -628,7 +627,6 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     const numbers = breaker.numbers(context.nowMs);
     const openForMs = breaker.open(cause, context.random(), context.nowMs);
     const ejections = numbers.ejections + 1;
-    context.cancelTimer("ramp");
     context.startTimer("circuit", openForMs, { kind: "gpu_node.circuit_due" });
     const more = { openForMs, ...(detail === undefined ? {} : { detail }) };
     this.#emitCircuit(from, cause, { ...numbers, ejections }, context, more);

@@ -98,6 +98,8 @@ const EXPLAINED_MAX = 16;
 /** The median speed stands in for unknown ones only; it need not follow every token. */
 const MEDIAN_MS = 1000;
 const PROMPT_EWMA_ALPHA = 0.05;
+/** A supervisor restarts an actor within this time, or not soon. */
+const RESTART_MS = 2000;
 
 // ---- one node ---------------------------------------------------------------------------------------------
 
@@ -114,8 +116,10 @@ export class NodeView {
   inflight = 0;
   /** Of leases without a first token. */
   prefillTokens = 0;
-  /** An acquire went unanswered: not asked again before then, unless the node speaks. */
+  /** The node's actor is silent: not asked again before then, unless it speaks. */
   unreachableUntilMs = 0;
+  /** Since when, while it is. */
+  unreachableSinceMs = Number.POSITIVE_INFINITY;
 
   // Of the snapshot, flattened for the scans. 0 in a figure that is never 0 when known = unknown.
   circuit: CircuitState = "closed";
@@ -165,6 +169,12 @@ export class NodeView {
     this.prefillTokens -= uncachedTokens;
   }
 
+  /** An ask of it failed, or its actor ended. */
+  markUnreachable(untilMs: number, nowMs: number): void {
+    this.unreachableUntilMs = untilMs;
+    this.unreachableSinceMs = Math.min(this.unreachableSinceMs, nowMs);
+  }
+
   get ramp(): number {
     return this.snapshot.ramp;
   }
@@ -174,6 +184,7 @@ export class NodeView {
     this.snapshot = snapshot;
     this.receivedAtMs = nowMs;
     this.unreachableUntilMs = 0;
+    this.unreachableSinceMs = Number.POSITIVE_INFINITY;
     this.inflight = snapshot.inflight + this.pending;
     this.prefillTokens = snapshot.prefillTokens + this.#pendingTokens;
     this.circuit = snapshot.circuit;
@@ -246,6 +257,11 @@ export function isSoft(exclusion: Exclusion): boolean {
   }
 }
 
+/** A silent node may be one whose actor is being restarted. */
+function mayReturn(view: NodeView, exclusion: Exclusion, nowMs: number): boolean {
+  return exclusion === "unreachable" && nowMs - view.unreachableSinceMs < RESTART_MS;
+}
+
 // ---- one pool ---------------------------------------------------------------------------------------------
 
 export class Field {
@@ -314,7 +330,7 @@ export class Field {
     let count = 0;
     let candidates = 0;
     let busy = 0;
-    let soft = 0;
+    let passing = 0;
     let newestAtMs = Number.NEGATIVE_INFINITY;
     let speedUnknown = false;
     let trial: NodeView | undefined;
@@ -331,12 +347,12 @@ export class Field {
         candidates++;
       } else if (exclusion !== "tried" && exclusion !== "draining") {
         candidates++;
-        if (isSoft(exclusion)) soft++;
+        if (isSoft(exclusion) || mayReturn(view, exclusion, nowMs)) passing++;
       }
     }
     this.count = count;
     this.trial = trial;
-    this.waitable = busy + soft;
+    this.waitable = busy + passing;
     this.newsAgeMs = nowMs - newestAtMs;
     if (count + busy < options.panicRatio * candidates) this.#panic(wanted);
     if (speedUnknown || this.isPanic) this.#refreshMedian();

@@ -100,7 +100,6 @@ type Acquired = {
   requestId: RequestId;
   leaseId: LeaseId;
   node: NodeId;
-  uncachedTokens: number;
   outcome: AskOutcome<AcquireReply>;
 };
 type NodeEnded = { kind: "router.node_ended"; node: NodeId; terminated: Terminated };
@@ -135,10 +134,7 @@ export type RouterDescription = {
 
 /** What may change while it runs. */
 export type RouterSettings = {
-  ranking: RankingOptions & {
-    /** Characters of a prompt's head that make its affinity key, where no session does; default 1024. */
-    affinityPrefixChars: number;
-  };
+  ranking: RankingOptions;
   queue: FairQueueOptions;
   retry: RetryBudgetOptions;
   /** Share of a pool's nodes that may be out at once, 0..1, one node at least; default 0.34. */
@@ -176,11 +172,12 @@ const DENIALS_MAX = 3;
 const PASSED_OVER_MAX = 8;
 /** While entries wait: deadlines, scrapes that went stale and rests that ended need a look. */
 const TICK_MS = 100;
-/** What a request that only probes keep out should wait: they take a moment. */
-const PROBES_RETRY_AFTER_MS = 1000;
+/** Retry-After where a node is being probed, or only silent: it may be back in a moment. */
+const SOON_MS = 1000;
 /** Batch requests are shed with probability 3 · saturation⁵: all of them at 0.80. */
 const SHED_FACTOR = 3;
-const CHARS_PER_TOKEN = 4;
+/** Without a session, the affinity key is made of a prompt's first 1024 characters. */
+const HEAD_TOKENS = 256;
 
 /** The nodes of one model, or of any (`undefined`, for routes without a model). */
 type Pool = {
@@ -220,6 +217,8 @@ class Choice implements QueueEntry, Wanted {
   denied: NodeId[] = [];
 
   asked: NodeView | undefined;
+  /** Uncached tokens that the asked node was told of. */
+  askedTokens = 0;
   /** When it began to wait, if it ever did. */
   queuedAtMs: number | undefined;
   /** The fair queue has charged its tenant. */
@@ -341,7 +340,7 @@ export class RouterActor implements Actor<RouterMessage> {
       }
       this.#drop(held, context);
     }
-    const pool = this.#poolFor(facts.model);
+    const pool = this.#poolFor(facts.model, nowMs);
     if (pool === undefined || pool.field.views.length === 0)
       return this.#refuseUnserved(message, context);
     const choice = new Choice(
@@ -384,16 +383,11 @@ export class RouterActor implements Actor<RouterMessage> {
     const { field, strategy } = choice.pool;
     field.filter(choice, context.nowMs, strategy.loadGates);
     const view = strategy.pick(field, choice, context);
-    if (view !== undefined) this.#explain(choice, view, context.nowMs);
-    return view;
-  }
-
-  /** Keeps the table behind a decision, as of now. */
-  #explain(choice: Choice, view: NodeView | undefined, nowMs: number): void {
-    const { field, strategy } = choice.pool;
+    if (view === undefined) return undefined;
     choice.candidates = field.explain(strategy, choice, view);
     choice.why = field.isPanic ? `panic, too few nodes pass; ${field.why}` : field.why;
-    choice.decidedAtMs = nowMs;
+    choice.decidedAtMs = context.nowMs;
+    return view;
   }
 
   #acquire(choice: Choice, view: NodeView, context: Context<RouterMessage>): void {
@@ -402,49 +396,38 @@ export class RouterActor implements Actor<RouterMessage> {
     const uncachedTokens = uncachedTokensOf(view, choice);
     view.expect(uncachedTokens);
     choice.asked = view;
+    choice.askedTokens = uncachedTokens;
     context.ask<GpuNodeMessage, AcquireReply>(
       this.#node(node),
       ACQUIRE_MS,
       (replyTo) => ({ kind: "gpu_node.acquire", leaseId, owner, uncachedTokens, replyTo }),
-      (outcome) => ({
-        kind: "router.acquired",
-        requestId,
-        leaseId,
-        node,
-        uncachedTokens,
-        outcome,
-      }),
+      (outcome) => ({ kind: "router.acquired", requestId, leaseId, node, outcome }),
     );
   }
 
   #onAcquired(message: Acquired, context: Context<RouterMessage>): void {
     const { leaseId, node, outcome } = message;
+    const { nowMs } = context;
     const view = this.#views.get(node);
-    const choice = this.#choices.get(message.requestId);
-    const isAwaited = choice !== undefined && choice.leaseId === leaseId && choice.asked === view;
-    view?.answered(message.uncachedTokens);
+    const isGranted = outcome.ok && outcome.value.kind === "granted";
     if (outcome.ok) {
-      view?.update(outcome.value.snapshot, context.nowMs);
+      view?.update(outcome.value.snapshot, nowMs);
     } else {
-      // The lease may be granted all the same, and the reply be lost: this comes after the acquire, and ends it.
+      // The lease may be granted all the same, and the reply be lost: this follows the acquire, and ends it.
       this.#giveBack(node, leaseId, context);
-      if (view !== undefined) view.unreachableUntilMs = context.nowMs + UNREACHABLE_MS;
+      view?.markUnreachable(nowMs + UNREACHABLE_MS, nowMs);
       this.#emit({ kind: "router.acquire_failed", node, failure: outcome.failure }, context);
     }
-    const isGranted = outcome.ok && outcome.value.kind === "granted";
-    if (!isAwaited || view === undefined) {
-      if (isGranted) this.#giveBack(node, leaseId, context);
+    const choice = this.#choices.get(message.requestId);
+    if (choice?.leaseId !== leaseId || choice.asked?.node !== node) {
+      if (isGranted) this.#giveBack(node, leaseId, context); // Nobody waits for it any more.
       return;
     }
-    if (isGranted) return this.#place(choice, view, message.uncachedTokens, context);
-    choice.asked = undefined;
+    const uncachedTokens = choice.askedTokens;
+    answered(choice);
+    if (isGranted) return this.#place(choice, node, uncachedTokens, context);
     choice.denied.push(node);
-    const reason = !outcome.ok
-      ? outcome.failure
-      : outcome.value.kind === "denied"
-        ? outcome.value.reason
-        : "";
-    choice.denials.push({ node, reason });
+    choice.denials.push({ node, reason: denialReason(outcome) });
     const next = choice.denied.length < DENIALS_MAX ? this.#pick(choice, context) : undefined;
     if (next !== undefined) return this.#acquire(choice, next, context);
     this.#waitOrRefuse(choice, context);
@@ -452,22 +435,16 @@ export class RouterActor implements Actor<RouterMessage> {
 
   #place(
     choice: Choice,
-    view: NodeView,
+    node: NodeId,
     uncachedTokens: number,
     context: Context<RouterMessage>,
   ): void {
     const { facts, pool } = choice;
-    const { node } = view;
     this.#choices.delete(choice.id);
     pool.field.learnPrompt(uncachedTokens);
     // A session's whole prompt comes again; of a mere prompt head, only the head is known to.
-    const tokens =
-      facts.session === undefined
-        ? Math.min(
-            facts.promptTokens,
-            Math.floor(this.#settings.ranking.affinityPrefixChars / CHARS_PER_TOKEN),
-          )
-        : facts.promptTokens;
+    const isSession = facts.session !== undefined;
+    const tokens = isSession ? facts.promptTokens : Math.min(facts.promptTokens, HEAD_TOKENS);
     this.#sent.note(facts.affinityKey, { node, tokens }, context.nowMs);
     context.reply(choice.replyTo, {
       kind: "placed",
@@ -575,6 +552,7 @@ export class RouterActor implements Actor<RouterMessage> {
   /** Ends a choice that nobody waits for; a lease granted to it later is given back. */
   #drop(choice: Choice, context: Context<RouterMessage>): void {
     if (choice.asked === undefined) choice.pool.queue.remove(choice.id, context.nowMs);
+    answered(choice);
     this.#unqueue(choice);
     this.#refuse(choice, "client_closed", "the client left", context);
   }
@@ -605,9 +583,14 @@ export class RouterActor implements Actor<RouterMessage> {
     retryAfterMs?: number,
   ): void {
     const { nowMs } = context;
+    const { field, strategy } = choice.pool;
     this.#choices.delete(choice.id);
-    choice.why = choice.why === "" ? why : `${why} (last: ${choice.why})`;
-    if (choice.decidedAtMs === 0) choice.decidedAtMs = nowMs;
+    if (code !== "client_closed") {
+      field.filter(choice, nowMs, strategy.loadGates);
+      choice.candidates = field.explain(strategy, choice, undefined);
+    }
+    choice.why = why;
+    choice.decidedAtMs = nowMs;
     context.reply(choice.replyTo, {
       kind: "refused",
       code,
@@ -618,11 +601,10 @@ export class RouterActor implements Actor<RouterMessage> {
   }
 
   #refuseNoNode(choice: Choice, context: Context<RouterMessage>): void {
-    const { views } = choice.pool.field;
-    this.#explain(choice, undefined, context.nowMs);
-    const isProbed = views.some((view) => view.circuit === "half_open");
-    const retryAfterMs = isProbed ? PROBES_RETRY_AFTER_MS : undefined;
-    choice.why = "";
+    const isSoon = choice.pool.field.views.some(
+      (view) => view.circuit === "half_open" || view.unreachableUntilMs > context.nowMs,
+    );
+    const retryAfterMs = isSoon ? SOON_MS : undefined;
     this.#refuse(choice, "no_node", "no node is left to ask or to wait for", context, retryAfterMs);
   }
 
@@ -680,7 +662,7 @@ export class RouterActor implements Actor<RouterMessage> {
     } else {
       const { models, adapters } = view.snapshot;
       if (!view.update(snapshot, nowMs)) return;
-      if (snapshot.models !== models || snapshot.adapters !== adapters)
+      if (!sameNames(snapshot.models, models) || !sameNames(snapshot.adapters, adapters))
         this.#joinPools(view, context);
     }
     if (this.#choices.size > 0) this.#pumpPoolsOf(view, context);
@@ -734,7 +716,7 @@ export class RouterActor implements Actor<RouterMessage> {
     return pool;
   }
 
-  #poolFor(model: string | undefined, nowMs = 0): Pool | undefined {
+  #poolFor(model: string | undefined, nowMs: number): Pool | undefined {
     const pool = this.#pools.get(model);
     if (pool !== undefined || model !== undefined) return pool;
     const any = this.#makePool(undefined, nowMs);
@@ -773,8 +755,8 @@ export class RouterActor implements Actor<RouterMessage> {
   /** A node's actor ended: its next incarnation does not know us. */
   #onNodeEnded({ node }: NodeEnded, context: Context<RouterMessage>): void {
     if (!this.#watched.delete(node)) return;
-    const view = this.#views.get(node);
-    if (view !== undefined) view.unreachableUntilMs = context.nowMs + UNREACHABLE_MS;
+    const { nowMs } = context;
+    this.#views.get(node)?.markUnreachable(nowMs + UNREACHABLE_MS, nowMs);
     context.startTimer(`subscribe ${node}`, SUBSCRIBE_AGAIN_MS, {
       kind: "router.subscribe_due",
       node,
@@ -859,6 +841,22 @@ const membershipText = {
   model: "does not serve the model",
   adapter: "does not hold that model or adapter",
 } as const;
+
+/** What was asked of a node for it is over; the node's next snapshot tells the rest. */
+function answered(choice: Choice): void {
+  choice.asked?.answered(choice.askedTokens);
+  choice.asked = undefined;
+}
+
+function denialReason(outcome: AskOutcome<AcquireReply>): string {
+  if (!outcome.ok) return outcome.failure;
+  return outcome.value.kind === "denied" ? outcome.value.reason : outcome.value.kind;
+}
+
+function sameNames(a: readonly string[] | undefined, b: readonly string[] | undefined): boolean {
+  if (a === b) return true;
+  return a !== undefined && a.length === b?.length && a.every((name, i) => name === b[i]);
+}
 
 function queuedMs(choice: Choice, nowMs: number): number {
   return choice.queuedAtMs === undefined ? 0 : nowMs - choice.queuedAtMs;

@@ -1,14 +1,15 @@
 /**
- * `headrace node`: a stand-in inference node. OpenAI's API and vLLM's metrics over a modelled GPU, so that a gateway,
- * a client or a load test can run without one; it misbehaves on demand.
+ * `headrace node`: a stand-in inference node. OpenAI's API and vLLM's metrics over a modelled GPU,
+ * so that a gateway, a client or a load test can run without one; it misbehaves on demand.
  */
 import { Command, InvalidArgumentError } from "commander";
 import { GpuNodeModel } from "../sim/gpu-node-model.ts";
 import { KV_BLOCK_TOKENS, lawByName, lawNames, type StepLaw } from "../sim/laws.ts";
-import { type NodeFault, NodeServer, parseFault } from "../transport/node-server.ts";
+import { BODY_FAULTS, type NodeFault, NodeServer, parseFault } from "../transport/node-server.ts";
 
 /** Coarser than the engine's own 16, and enough for prompts that share a system message. */
 const PREFIX_BLOCK_TOKENS = 64;
+const LAW = "llama-3.1-8b/h100";
 
 type Flags = {
   port: number;
@@ -38,7 +39,11 @@ export function nodeCommand(): Command {
     .option("--host <host>", "address to listen on", "127.0.0.1")
     .option("--model <name...>", "model names to serve", ["llama-3.1-8b"])
     .option("--name <name>", "shown as system_fingerprint (default: from the port)")
-    .option("--law <law>", `step-time law, one of: ${lawNames().join(", ")}`, law)
+    .option(
+      "--law <law>",
+      `model and card, one of: ${lawNames().join(", ")} (default: ${LAW})`,
+      law,
+    )
     .option("--speed <factor>", "how many times as fast as the real card, up to 10000", Number, 1)
     .option("--kv-blocks <count>", "KV memory in blocks of 16 tokens", wholeNumber(1, 1e9))
     .option("--api-key <key>", "ask for `authorization: Bearer <key>` on /v1")
@@ -51,12 +56,12 @@ export function nodeCommand(): Command {
     .option("--stall-after <tokens>", "fall silent after so many tokens", Number)
     .option("--die-after <tokens>", "destroy the connection after so many tokens", Number)
     .option("--slow <factor>", "every engine step takes so many times as long", Number)
-    .option("--body-fault <kind>", "answer with garbage, half_json, wrong_content_type, …")
+    .option("--body-fault <kind>", `answer with one of: ${BODY_FAULTS.join(", ")}`)
     .addHelpText("after", "\nFaults can be changed while it runs: GET, POST, DELETE /fault.")
     .action(async (flags: Omit<Flags, "law"> & { law?: StepLaw }, command: Command) => {
       const fault = parseFault(faultOf(flags));
       if (typeof fault === "string") command.error(`error: ${fault}`);
-      else await run({ ...flags, law: flags.law ?? law("llama-3.1-8b/h100") }, fault, command);
+      else await run({ ...flags, law: flags.law ?? lawByName(LAW) }, fault, command);
     });
 }
 

@@ -1,22 +1,26 @@
 /**
- * One GPU node inside a simulation: a continuous-batching engine (vLLM V1 rules) with paged KV memory, preemption
- * and a prefix cache, whose steps last what a step law says. The inside of the edges `upstream` and `scraper`.
+ * One GPU node inside a simulation: a continuous-batching engine (vLLM V1 rules) with paged KV
+ * memory, preemption and a prefix cache, whose steps last what a step law says. The inside of the
+ * edges `upstream` and `scraper`.
  *
- * A step takes every running request one token further (a decode), or one chunk of prompt (a prefill), within
- * `batchedTokensMax` tokens and `sequencesMax` seats. When no KV block is free, the newest request gives all of
- * its blocks back and starts over from the front of the queue; on such a step nothing is admitted.
+ * A step takes every running request one token further (a decode), or one chunk of prompt (a
+ * prefill), within `batchedTokensMax` tokens and `sequencesMax` seats. When no KV block is free,
+ * the newest request gives all of its blocks back and starts over from the front of the queue; on
+ * such a step nothing is admitted.
  *
  *   waiting ──admitted──▶ prefill ──last chunk──▶ decode ──last token──▶ finished
  *      ▲                     │                      │
  *      └──── preempted ──────┴──────────────────────┘        (cancel, crash: gone from anywhere)
  *
- * Cost per step is O(1) whatever the batch: decodes that cross a block boundary in step u are those whose `key` is
- * (−u) mod 16, so 16 counters replace a walk over the batch, and a heap knows who finishes next. Mode `leap`
- * also skips uniform decode steps in closed form; its times are rounded once per stretch instead of once per step.
+ * Cost per step is O(1) whatever the batch: decodes that cross a block boundary in step u are those
+ * whose `key` is (−u) mod 16, so 16 counters replace a walk over the batch, and a heap knows who
+ * finishes next. Mode `leap` also skips uniform decode steps in closed form; its times are rounded
+ * once per stretch instead of once per step.
  *
- * Time is whole µs and comes from the caller; it never runs backwards. A step starts only when the clock passes its
- * start, so everything submitted at an instant shares the step that begins then, and looking (`snapshot`,
- * `producedTokens`, `nextEventAtUs`) changes nothing. Requests are kept until they end; the caller bounds them.
+ * Time is whole µs and comes from the caller; it never runs backwards. A step starts only when the
+ * clock passes its start, so everything submitted at an instant shares the step that begins then,
+ * and looking (`snapshot`, `producedTokens`, `nextEventAtUs`) changes nothing. Requests are kept
+ * until they end; the caller bounds them.
  *
  * Oracle boundary: `outputTokens` is the truth that no actor may see; only this file reads it.
  */
@@ -78,11 +82,16 @@ export type NodeModelOptions = {
   mode?: "steps" | "leap";
   /** Replaces the law's KV capacity, blocks of 16 tokens. */
   kvBlocks?: number;
-  /** LRU over prefix blocks, accounted apart from the running requests' KV; absent = no prefix cache. */
+  /**
+   * LRU over prefix blocks, accounted apart from the running requests' KV; absent = no prefix
+   * cache.
+   */
   prefix?: { blockTokens: number; blocksMax: number };
 };
 
-/** A request inside the node. In a list (waiting or running) by `previous` and `next`, newest last. */
+/**
+ * A request inside the node. In a list (waiting or running) by `previous` and `next`, newest last.
+ */
 class Sequence {
   readonly id: string;
   readonly promptTokens: number;
@@ -157,8 +166,8 @@ export class GpuNodeModel {
   /** The caller's clock. */
   #clockUs = 0;
 
-  // Mode leap: step boundaries of a uniform stretch all count from its start, so that the caller's looking in
-  // between moves none of them. -1 = no stretch.
+  // Mode leap: step boundaries of a uniform stretch all count from its start, so that the caller's
+  // looking in between moves none of them. -1 = no stretch.
   #anchorStep = -1;
   #anchorUs = 0;
   #anchorStepUs = 0;
@@ -211,8 +220,8 @@ export class GpuNodeModel {
   }
 
   /**
-   * Takes a request at `atUs`; the answer comes as events. Throws RangeError for a repeated id and for counts that
-   * are not whole and ≥ 1 (bugs of the caller).
+   * Takes a request at `atUs`; the answer comes as events. Throws RangeError for a repeated id and
+   * for counts that are not whole and ≥ 1 (bugs of the caller).
    */
   submit(request: NodeRequest, atUs: number): void {
     requireWhole("promptTokens", request.promptTokens, 1);
@@ -257,8 +266,9 @@ export class GpuNodeModel {
   }
 
   /**
-   * When to advance to next: no event lies before it, but for one dated at the clock's own instant. The bound is
-   * the event's time or a little earlier, always after the clock; the caller asks again. Undefined: nothing to come.
+   * When to advance to next: no event lies before it, but for one dated at the clock's own instant.
+   * The bound is the event's time or a little earlier, always after the clock; the caller asks
+   * again. Undefined: nothing to come.
    */
   nextEventAtUs(): number | undefined {
     if (this.#events.length > 0) return this.#clockUs;
@@ -275,14 +285,18 @@ export class GpuNodeModel {
     return Math.max(this.#uniformBoundUs(startUs, steps), startUs, this.#clockUs + 1);
   }
 
-  /** When the step under way ends: no token appears before. Undefined when the node is idle or hung. */
+  /**
+   * When the step under way ends: no token appears before. Undefined when the node is idle or hung.
+   */
   nextStepAtUs(): number | undefined {
     if (this.#hungAtUs >= 0) return undefined;
     if (this.#inStep) return this.#stepEndUs;
     return this.#sequences.size > 0 ? this.#clockUs + 1 : undefined;
   }
 
-  /** Tokens that a request has produced by now; 0 for one that waits for its first, or is not here. */
+  /**
+   * Tokens that a request has produced by now; 0 for one that waits for its first, or is not here.
+   */
   producedTokens(id: string): number {
     const sequence = this.#sequences.get(id);
     return sequence === undefined ? 0 : this.#produced(sequence);
@@ -312,7 +326,7 @@ export class GpuNodeModel {
     };
   }
 
-  // ---- faults -----------------------------------------------------------------------------------------------
+  // ---- faults -----------------------------------------------------------------------------------
 
   /** Steps that begin from now on last `factor` times as long; 1 = healthy. */
   setSlowFactor(factor: number, atUs: number): void {
@@ -360,13 +374,19 @@ export class GpuNodeModel {
     this.#upAtUs = Number.POSITIVE_INFINITY;
   }
 
-  /** Starts a crashed node, cold: ready after `startUpUs` (default: the law's). No effect on one that is up. */
+  /**
+   * Starts a crashed node, cold: ready after `startUpUs` (default: the law's). No effect on one
+   * that is up.
+   */
   restart(atUs: number, startUpUs = this.#law.startUpUs): void {
     this.#run(atUs);
     if (this.#upAtUs === Number.POSITIVE_INFINITY) this.#upAtUs = atUs + startUpUs;
   }
 
-  /** Changes the KV capacity: the newest requests are preempted until the rest fit; some may never fit again. */
+  /**
+   * Changes the KV capacity: the newest requests are preempted until the rest fit; some may never
+   * fit again.
+   */
   setKvBlocks(blocks: number, atUs: number): void {
     requireWhole("blocks", blocks, 1);
     this.#run(atUs);
@@ -403,7 +423,7 @@ export class GpuNodeModel {
     requireThat(this.#prefixCache.size <= this.#prefixBlocksMax, "the prefix cache is bounded");
   }
 
-  // ---- the engine ---------------------------------------------------------------------------------------------
+  // ---- the engine -------------------------------------------------------------------------------
 
   #run(untilUs: number): void {
     if (!Number.isSafeInteger(untilUs) || untilUs < this.#clockUs) {
@@ -430,7 +450,8 @@ export class GpuNodeModel {
   #beginStep(): void {
     const law = this.#law;
     const step = this.#step + 1;
-    // Phase A: running requests, in order of admission. The newest give way until what the others need is free.
+    // Phase A: running requests, in order of admission. The newest give way until what the others
+    // need is free.
     let need = this.#phaseCount(step);
     let preempted = false;
     let chunk = 0;
@@ -555,7 +576,6 @@ export class GpuNodeModel {
     this.#decodes++;
     this.#context += sequence.progress;
     this.#finishes.add(sequence);
-    this.#anchorStep = -1;
   }
 
   #finish(sequence: Sequence): void {
@@ -650,7 +670,7 @@ export class GpuNodeModel {
     this.#phases[key] = (this.#phases[key] ?? 0) + change;
   }
 
-  // ---- prefix cache -------------------------------------------------------------------------------------------
+  // ---- prefix cache -----------------------------------------------------------------------------
 
   /** Leading tokens of the prompt whose blocks are present; at least one token is always computed. */
   #prefixHit(sequence: Sequence): number {
@@ -679,9 +699,12 @@ export class GpuNodeModel {
     if (blocks.length > 0) this.#prefixVersion++;
   }
 
-  // ---- uniform stretches ----------------------------------------------------------------------------------------
+  // ---- uniform stretches ------------------------------------------------------------------------
 
-  /** Only decodes, and nobody can be admitted before one of them ends. Holds also for the step under way. */
+  /**
+   * Only decodes, and nobody can be admitted before one of them ends. Holds also for the step under
+   * way.
+   */
   #isUniform(): boolean {
     if (this.#partial !== undefined || this.#decodes === 0) return false;
     const head = this.#waiting.first;
@@ -693,7 +716,10 @@ export class GpuNodeModel {
     );
   }
 
-  /** Skips the whole steps of a uniform stretch that end by `untilUs`; false when there is none. Between steps. */
+  /**
+   * Skips the whole steps of a uniform stretch that end by `untilUs`; false when there is none.
+   * Between steps.
+   */
   #leap(untilUs: number): boolean {
     if (!this.#isUniform()) return false;
     let steps = Math.min(this.#finishes.firstStep() - this.#step, this.#stepsThatFit());
@@ -755,7 +781,10 @@ export class GpuNodeModel {
     );
   }
 
-  /** Last step of the anchored stretch that ends by `untilUs`: the closed form, then corrected for rounding. */
+  /**
+   * Last step of the anchored stretch that ends by `untilUs`: the closed form, then corrected for
+   * rounding.
+   */
   #lastStepBy(untilUs: number): number {
     const us = untilUs - this.#anchorUs;
     const linear = this.#anchorStepUs - this.#anchorGrowthUs / 2;
@@ -784,7 +813,7 @@ export class GpuNodeModel {
   }
 }
 
-// ---- structures -----------------------------------------------------------------------------------------------------
+// ---- structures ---------------------------------------------------------------------------------
 
 /** Doubly linked through the sequences themselves: every operation is O(1). */
 class SequenceList {

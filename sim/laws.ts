@@ -1,25 +1,35 @@
 /**
- * How long one engine step takes on a GPU: the step-time law, its shipped coefficient sets, and the bounds
- * that physics puts on them.
+ * How long one engine step takes on a GPU: the step-time law, its shipped coefficient sets, and the
+ * bounds that physics puts on them.
  *
  *   T = h + max(W + d·n, F + C·n) + s(seqs) + [B>0](a0 + aB·B + actx·ctx)
  *         + [prefill](p0 + pq·Σ c(kv + c/2)) + comm(n)
  *   n = B + c; B = decoding sequences; c = prefill tokens of the step; seqs = B + prefilling requests;
  *   ctx = tokens in KV over the decoding sequences; kv = tokens of a request in KV before its chunk c.
  *
- * The letters are those of the formula, so that a set can be compared with a fit at a glance. All are µs.
- * Intuition: below the knee a step streams the weights (W), above it it multiplies (C per token); decoding
- * adds reading the context (actx per token). About four of the numbers decide; the rest are below 4 %.
+ * The letters are those of the formula, so that a set can be compared with a fit at a glance. All
+ * are µs. Intuition: below the knee a step streams the weights (W), above it it multiplies (C per
+ * token); decoding adds reading the context (actx per token). About four of the numbers decide; the
+ * rest are below 4 %.
  *
  * It does not schedule: gpu-node-model.ts decides what is in a step. It knows nothing of requests.
  */
 
-/** Points (x, µs) with x ascending, linear between, held flat before the first and continued after the last. */
+/**
+ * Points (x, µs) with x ascending, linear between, held flat before the first and continued after
+ * the last.
+ */
 export type CostTable = readonly (readonly [x: number, us: number])[];
 
-/** What the model and the cards are: the source of KV capacity and of the bounds of `physicsViolations`. */
+/**
+ * What the model and the cards are: the source of KV capacity and of the bounds of
+ * `physicsViolations`.
+ */
 export type Hardware = {
-  /** Of the whole model, and of one vocabulary × hidden matrix (embedding; the output head is another). */
+  /**
+   * Of the whole model, and of one vocabulary × hidden matrix (embedding; the output head is
+   * another).
+   */
   readonly parameters: number;
   readonly embeddingParameters: number;
   readonly bytesPerParameter: number;
@@ -55,13 +65,22 @@ export type StepLaw = {
   readonly pq: number;
   /** All-reduce by tokens of the step; empty at tensor parallelism 1. */
   readonly comm: CostTable;
-  /** KV capacity in blocks of 16 tokens, and where the number comes from. 10 % wrong is ±15 % in TTFT. */
+  /**
+   * KV capacity in blocks of 16 tokens, and where the number comes from. 10 % wrong is ±15 % in
+   * TTFT.
+   */
   readonly kvBlocks: number;
   readonly kvBlocksFrom: "measured" | "formula";
-  /** Tokens of one step (`max_num_batched_tokens`) and seats (`max_num_seqs`); seats never exceed tokens. */
+  /**
+   * Tokens of one step (`max_num_batched_tokens`) and seats (`max_num_seqs`); seats never exceed
+   * tokens.
+   */
   readonly batchedTokensMax: number;
   readonly sequencesMax: number;
-  /** From process start to ready. An assumption, not a measurement: loading weights and graph capture. */
+  /**
+   * From process start to ready. An assumption, not a measurement: loading weights and graph
+   * capture.
+   */
   readonly startUpUs: number;
   readonly hardware: Hardware;
   readonly provenance: string;
@@ -99,7 +118,9 @@ export function rawStepUs(
   return us;
 }
 
-/** Time of one step in whole µs, at least 1; `slowFactor` multiplies it. Parameters as `rawStepUs`. */
+/**
+ * Time of one step in whole µs, at least 1; `slowFactor` multiplies it. Parameters as `rawStepUs`.
+ */
 export function stepTimeUs(
   law: StepLaw,
   decodes: number,
@@ -136,9 +157,9 @@ function interpolate(table: CostTable, x: number): number {
 }
 
 /**
- * KV capacity in blocks when the engine's own `num_gpu_blocks` is not known: memory × utilisation, less weights,
- * activations (5.5 GiB, dense models) and runtime overhead (0.15 GiB on one card, else 0.6 GiB each).
- * A fallback: on small cards it is far off. Never below 0.
+ * KV capacity in blocks when the engine's own `num_gpu_blocks` is not known: memory × utilisation,
+ * less weights, activations (5.5 GiB, dense models) and runtime overhead (0.15 GiB on one card,
+ * else 0.6 GiB each). A fallback: on small cards it is far off. Never below 0.
  */
 export function estimateKvBlocks(hardware: Hardware, memoryUtilization = 0.9): number {
   const { tensorParallel } = hardware;
@@ -152,8 +173,9 @@ export function estimateKvBlocks(hardware: Hardware, memoryUtilization = 0.9): n
 }
 
 /**
- * Where a law beats physics, one sentence each; empty when it does not. A set that decodes faster than the weights
- * and the context can be read, or prefills faster than the cards multiply, must not answer a planning question.
+ * Where a law beats physics, one sentence each; empty when it does not. A set that decodes faster
+ * than the weights and the context can be read, or prefills faster than the cards multiply, must
+ * not answer a planning question.
  */
 export function physicsViolations(law: StepLaw): string[] {
   const { hardware } = law;
@@ -200,7 +222,7 @@ export function lawByName(name: string): StepLaw {
   return law;
 }
 
-// ---- the shipped sets -----------------------------------------------------------------------------------------
+// ---- the shipped sets ---------------------------------------------------------------------------
 
 const PROFILE_ONLY = "profile only, expect −10…−25 % until one scalar is calibrated";
 const LLM_SERVING_SIM = "LLMServingSim kernel profiles (MIT), vLLM 0.19";
@@ -267,7 +289,10 @@ function on(model: Model, card: Card, tensorParallel: number): Hardware {
   return { ...model, ...card, tensorParallel };
 }
 
-/** Context term of a card without attention profiles: measured ones are 1.08–1.09 × the time to read the bytes. */
+/**
+ * Context term of a card without attention profiles: measured ones are 1.08–1.09 × the time to read
+ * the bytes.
+ */
 function contextTerm(hardware: Hardware): number {
   const bandwidth = hardware.bandwidthBytesPerSecond * hardware.tensorParallel;
   return (hardware.kvBytesPerToken / bandwidth) * 1e6 * 1.085;
@@ -298,8 +323,9 @@ function profileOnly(hardware: Hardware, startUpUs: number, profile: Profile): S
 const START_UP_8B_US = 60_000_000;
 const START_UP_70B_US = 180_000_000;
 
-// Quadratic prefill term where no profile has it: 4·layers·hidden FLOP per token pair at about 260 TFLOP/s on
-// an H100 (middle of the derived 0.0014–0.0027 µs) and 60 % of peak on an A100. Its weight is below 1 %.
+// Quadratic prefill term where no profile has it: 4·layers·hidden FLOP per token pair at about 260
+// TFLOP/s on an H100 (middle of the derived 0.0014–0.0027 µs) and 60 % of peak on an A100. Its
+// weight is below 1 %.
 const LAWS: readonly StepLaw[] = [
   {
     name: "llama-3.1-8b/rtx4090",

@@ -247,8 +247,13 @@ describe("circuit breaker: time out", () => {
   });
 
   it("remembers few ejections, however many there were", () => {
-    const out = timesOut(100, 0.5, { openMs: 1, openMsMax: 64 });
-    expect(out.at(-1)).toBe(64);
+    const { breaker } = halfOpen({ openMs: 1, openMsMax: 64 });
+    for (let nowMs = 1; nowMs < 1000; nowMs++) {
+      expect(breaker.open("probe_failed", 0.5, nowMs)).toBeLessThanOrEqual(64);
+      breaker.becomeHalfOpen(nowMs);
+    }
+    expect(breaker.openForMs).toBe(64);
+    expect(breaker.numbers(1000).ejections).toBe(32);
   });
 });
 
@@ -306,6 +311,10 @@ describe("circuit breaker: half open", () => {
     expect(breaker.overdue(atMs + 29_999)).toBeUndefined();
     call("ok", atMs + 20_000, true);
     expect(breaker.overdue(atMs + 49_999)).toBeUndefined();
+    expect(breaker.overdue(atMs + 50_000)).toBe("probe_silent");
+    // A further call, or one that ends without a result, does not.
+    breaker.tryPermit(atMs + 40_000);
+    call("none", atMs + 45_000, true);
     expect(breaker.overdue(atMs + 50_000)).toBe("probe_silent");
   });
 

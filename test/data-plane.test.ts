@@ -3,6 +3,8 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { Answer, type AnswerReader } from "../transport/data-plane.ts";
 
+fc.configureGlobal({ seed: 20_251_124 });
+
 const head = { status: 200, contentType: "text/event-stream" };
 const MiB = 1 << 20;
 

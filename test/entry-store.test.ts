@@ -41,7 +41,7 @@ type Kept = {
 describe("entry store", () => {
   it("entry store: serves what a list in order of use would, never past its time, never over its bytes", () => {
     fc.assert(
-      fc.property(fc.array(operation, { maxLength: 120 }), (operations) => {
+      fc.property(fc.array(operation, { maxLength: 120, size: "max" }), (operations) => {
         let bytesMax = 20_000;
         const store = new EntryStore(bytesMax, 2000);
         let kept: Kept[] = []; // Coldest first; may hold expired ones that the store has swept.

@@ -76,7 +76,7 @@ describe("gcra", () => {
       fc.property(
         limits,
         fc.integer({ min: 1, max: 500 }),
-        fc.array(step, { maxLength: 60 }),
+        fc.array(step, { maxLength: 60, size: "max" }),
         (limit, burst, steps) => {
           const gcra = new Gcra(limit, MINUTE_MS, burst);
           const bucket = new Bucket(limit, MINUTE_MS, burst);
@@ -115,6 +115,7 @@ describe("gcra", () => {
         any,
         fc.array(fc.record({ gapMs, share: fc.double({ min: 0, max: 1, noNaN: true }) }), {
           maxLength: 60,
+          size: "max",
         }),
         (limit, burst, calls) => {
           const gcra = new Gcra(limit, MINUTE_MS, burst);
@@ -146,7 +147,7 @@ describe("gcra", () => {
       fc.property(
         fc.integer({ min: 1, max: 100_000 }),
         fc.integer({ min: 1, max: 1000 }),
-        fc.array(step, { maxLength: 80 }),
+        fc.array(step, { maxLength: 80, size: "max" }),
         (limit, burst, steps) => {
           const gcra = new Gcra(limit, MINUTE_MS, burst);
           const held: { cost: number; ns: number }[] = [];
@@ -288,6 +289,7 @@ describe("gcra", () => {
           }),
           {
             maxLength: 30,
+            size: "max",
           },
         ),
         (startMs, calls) => {

@@ -48,7 +48,9 @@ type Scenario = {
   prefix: { blockTokens: number; blocksMax: number } | undefined;
 };
 
-/** Small nodes under far more load than they can take: queues, preemptions, refusals, cancellations. */
+/**
+ * Small nodes under far more load than they can take: queues, preemptions, refusals, cancellations.
+ */
 function scenarios(law: StepLaw): fc.Arbitrary<Scenario> {
   const request = fc.record({
     gapUs: fc.integer({ min: 0, max: 400 }),
@@ -136,7 +138,10 @@ function nosy(model: GpuNodeModel, untilUs: number): NodeEvent[] {
   return events;
 }
 
-/** Wakes only when the model says that something may happen, and checks that it never says so too late. */
+/**
+ * Wakes only when the model says that something may happen, and checks that it never says so too
+ * late.
+ */
 function wakeful(model: GpuNodeModel, untilUs: number): NodeEvent[] {
   const events: NodeEvent[] = [];
   for (;;) {
@@ -285,6 +290,7 @@ describe("gpu node model: closed forms", () => {
       atUs += stepTimeUs(rtx4090, batch, batch * (60 + step), 0, 0, 0);
       model.advance(atUs - 1);
       expect(model.snapshot().generatedTokensTotal).toBe(batch * (step + 1));
+      expect(model.producedTokens("r7")).toBe(step + 1); // The one under way is not out.
       model.advance(atUs);
       expect(model.snapshot().generatedTokensTotal).toBe(batch * (step + 2));
       expect(model.producedTokens("r7")).toBe(step + 2);
@@ -637,7 +643,7 @@ describe("gpu node model: metamorphic", () => {
   });
 });
 
-// ---- validation against request logs of a real engine -----------------------------------------------------------
+// ---- validation against request logs of a real engine -------------------------------------------
 
 type Logged = {
   input_toks: number;

@@ -1,6 +1,7 @@
 /**
- * The scheduler rules of sim/gpu-node-model.ts written as plainly as they read: a loop over the whole batch in every
- * step, nothing summed up, nothing skipped. Slow, and the judge of the fast one.
+ * The scheduler rules of sim/gpu-node-model.ts written as plainly as they read: a loop over the
+ * whole batch in every step, nothing summed up, nothing skipped. Slow, and the judge of the fast
+ * one.
  */
 import type { NodeEvent, NodeRequest } from "../sim/gpu-node-model.ts";
 import { type StepLaw, stepTimeUs } from "../sim/laws.ts";

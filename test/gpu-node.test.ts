@@ -272,7 +272,9 @@ describe("gpu node: leases", () => {
     after.release("r1#1", "failed_local");
     expect(after.describe()).toMatchObject({ leases: [], window: { calls: 0 } });
     after.scrape({ running: 9, waiting: 1 });
-    expect(after.describe().othersInflight).toBe(10); // What still runs, counted at once.
+    expect(after.describe().othersInflight).toBe(10); // What still runs, counted at once …
+    after.scrape({ running: 7, waiting: 0 });
+    expect(after.describe().othersInflight).toBe(7); // … until it has ended.
   });
 
   it("in flight = live leases, prefill = their sum; none is negative, all is 0 when idle (any order)", () => {
@@ -381,6 +383,24 @@ describe("gpu node: concurrency cap", () => {
       for (let i = 0; i < 5; i++) w.call("overloaded");
       expect(capOf(w)).toBe(least);
     }
+  });
+
+  it("overload never raises it, and a cap that grew is published though the call is still denied", () => {
+    const w = world({ inflightMax: 64 });
+    w.subscribe();
+    w.fill(40);
+    w.release("held0#1", "overloaded");
+    expect(capOf(w)).toBe(36);
+    w.kit.take();
+    w.kit.advance(5_000);
+    expect(w.acquire("x#1")).toMatchObject({ kind: "denied", snapshot: { inflightMax: 37 } });
+    expect(w.published()).toMatchObject([{ inflightMax: 37 }]);
+    w.scrape({ running: 200, waiting: 0 }); // Others came.
+    w.scrape({ kv: 0.99 });
+    expect(w.describe()).toMatchObject({ othersInflight: 161 });
+    for (let i = 1; i < 40; i++) w.release(`held${i}#1`);
+    w.scrape({ running: 0, waiting: 0 });
+    expect(capOf(w)).toBe(37);
   });
 
   it("grows by one per 5 s without overload, only near the cap, up to the ceiling", () => {
@@ -708,6 +728,34 @@ describe("gpu node: health", () => {
     answerProbe(w, true);
   });
 
+  it("an unhealthy node stays out past its time, unprobed, until the checks pass", () => {
+    const w = world();
+    for (let i = 0; i < 3; i++) w.call("failed_local");
+    w.health(false);
+    w.health(false);
+    expect(w.describe().snapshot.circuit).toBe("open");
+    w.kit.advance(60_000);
+    expect(w.asks()).toEqual([]);
+    w.health(true);
+    w.health(true);
+    expect(w.eventsOf("gpu_node.circuit_changed").at(-1)).toMatchObject({ cause: "health_back" });
+    answerProbe(w, true);
+    expect(w.acquire("t1#1").kind).toBe("granted");
+  });
+
+  it("the answer to a probe of an earlier opening proves nothing", () => {
+    const w = probing();
+    const stale = w.asks().at(-1);
+    for (let i = 0; i < 3; i++) w.health(false);
+    w.kit.advance(5000);
+    for (let i = 0; i < 2; i++) w.health(true);
+    expect(w.describe().snapshot.circuit).toBe("half_open");
+    w.kit.answer(stale?.index ?? -1, { ok: true, value: { answered: true, detail: "200" } });
+    expect(w.acquire("t1#1")).toMatchObject({ kind: "denied", reason: "probe_busy" });
+    answerProbe(w, true);
+    expect(w.acquire("t1#1").kind).toBe("granted");
+  });
+
   it("checks that pass all the time do not shorten the time out of a node that fails its calls", () => {
     const w = world();
     for (let i = 0; i < 5; i++) w.call("failed_gateway");
@@ -753,6 +801,11 @@ describe("gpu node: health", () => {
     expect(w.describe().snapshot.circuit).toBe("closed");
     scrapeFor(1, () => 5000);
     expect(w.describe().circuit).toMatchObject({ state: "open", cause: "wedged" });
+    w.kit.take();
+    scrapeFor(13, () => 5000); // While its streams hang and it sits out its time.
+    expect(w.describe().snapshot.circuit).toBe("half_open"); // It may answer its probe first.
+    answerProbe(w, false);
+    expect(w.describe().circuit).toMatchObject({ state: "open", cause: "probe_failed" });
   });
 
   it("an engine without requests, or without ours, is idle and not wedged", () => {
@@ -819,7 +872,8 @@ describe("gpu node: signals", () => {
         w.kit.advance(1000);
       }
     };
-    keepFor(1, 6); // 1 of 6 is not yet more than a fifth.
+    keepFor(20, 17);
+    keepFor(1, 6); // 1 of 6 is not more than a fifth: the count begins anew.
     keepFor(30, 17);
     expect(w.describe()).toMatchObject({ othersInflight: 0, snapshot: { inflight: 5 } });
     keepFor(1, 17);
@@ -904,7 +958,10 @@ describe("gpu node: speed", () => {
     w.kit.advance(10_000);
     w.call("ok", { e2eMs: 1000 });
     const share = 1 - Math.exp(-1);
-    expect(w.describe().snapshot.latencyMsPeakEwma).toBeCloseTo(5000 - 4000 * share, 6);
+    const decayed = 5000 - 4000 * share;
+    expect(w.describe().snapshot.latencyMsPeakEwma).toBeCloseTo(decayed, 6);
+    w.call("ok", { e2eMs: 1 }); // No time has passed, so it weighs nothing.
+    expect(w.describe().snapshot.latencyMsPeakEwma).toBeCloseTo(decayed, 6);
   });
 
   it("tells the median latency of requests that began at about the present in-flight count", () => {
@@ -971,6 +1028,12 @@ describe("gpu node: draining", () => {
       w.kit.advance(1000);
     }
     expect(w.eventsOf("gpu_node.drained")).toMatchObject([{ leases: 1 }]);
+    const changedMind = world();
+    changedMind.fill(1);
+    changedMind.kit.send({ kind: "gpu_node.drain" });
+    changedMind.kit.send({ kind: "gpu_node.undrain" });
+    changedMind.kit.advance(200_000);
+    expect(changedMind.eventsOf("gpu_node.drained")).toEqual([]);
     const idle = world();
     idle.kit.send({ kind: "gpu_node.drain" });
     expect(idle.eventsOf("gpu_node.drained")).toMatchObject([{ leases: 0 }]);
@@ -983,7 +1046,9 @@ describe("gpu node: routers", () => {
     w.subscribe();
     w.acquire("r1#1", 50);
     w.firstToken("r1#1");
+    w.firstToken("r1#1");
     w.progress("r1#1", 8); // Nothing a router ranks by.
+    w.health(true);
     w.release("r1#1");
     const seen = w.published();
     expect(seen.map(({ inflight, prefillTokens }) => [inflight, prefillTokens])).toEqual([

@@ -10,6 +10,8 @@ import {
   wholeToSse,
 } from "../transport/openai-answer.ts";
 
+fc.configureGlobal({ seed: 20_251_124 });
+
 const limits = { eventBytesMax: 1 << 20, headBytesMax: 1 << 20 };
 
 type Chunk = Record<string, unknown>;
@@ -505,7 +507,7 @@ describe("a replay", () => {
       fc.property(anyChat, (json) => {
         const events = wholeToSse("chat", bytes(json), { includeUsage: true });
         expect(events.length).toBeLessThanOrEqual(64);
-        expect(assembled("chat", events).json).toEqual(json);
+        expect(assembled("chat", events).json).toEqual(JSON.parse(JSON.stringify(json)));
       }),
       { numRuns: 300 },
     );

@@ -180,7 +180,8 @@ export class Gateway {
 
   #startNode(node: NodeOptions): void {
     this.#register(node);
-    this.#system.spawn(NODES_PATH, nodeSpec(nodeSettings(node, this.#options), this.#refs));
+    const ref = this.#system.spawn(NODES_PATH, nodeSpec(nodeSettings(node, this.#options), this.#refs));
+    this.#system.tell(ref, { kind: "gpu_node.subscribe", router: this.#refs.router });
   }
 
   #register(node: NodeOptions): void {

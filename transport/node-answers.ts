@@ -1,9 +1,9 @@
 /**
- * What the stand-in inference node says: text and vectors that follow from the request alone, so that a test can tell
- * a right answer from a wrong one without asking the node. Pure functions.
+ * What the stand-in inference node says: text and vectors that follow from the request alone, so
+ * that a test can tell a right answer from a wrong one without asking the node. Pure functions.
  *
- * The answer depends on everything a model would see (messages or prompt, tools), on the model's name and on `seed`;
- * not on sampling parameters. A token is one short word with a leading space.
+ * The answer depends on everything a model would see (messages or prompt, tools), on the model's
+ * name and on `seed`; not on sampling parameters. A token is one short word with a leading space.
  */
 
 /** A request body as parsed from JSON; only fields a model would see are read. */
@@ -27,13 +27,18 @@ export function promptText(body: PromptBody): string {
   return text;
 }
 
-/** Everything the answer depends on, as one string; it begins with `promptText`. `model` as served. */
+/**
+ * Everything the answer depends on, as one string; it begins with `promptText`. `model` as served.
+ */
 export function promptMaterial(body: PromptBody, model: string): string {
   const seed = typeof body.seed === "number" ? body.seed : "";
   return `${promptText(body)}\n${model}\n${seed}`;
 }
 
-/** The text of an answer of that many tokens. A longer answer to the same material begins with the shorter one. */
+/**
+ * The text of an answer of that many tokens. A longer answer to the same material begins with the
+ * shorter one.
+ */
 export function answerText(material: string, tokens: number): string {
   return answerOf(hashOf(material), tokens);
 }
@@ -66,8 +71,9 @@ export function naturalTokens(hash: number): number {
 }
 
 /**
- * 32-bit hash of a material. With `blockTokens` > 0 it also fills `blocks` with chained hashes of the leading
- * whole blocks of the first `textLength` characters: equal leading hashes mean equal leading text.
+ * 32-bit hash of a material. With `blockTokens` > 0 it also fills `blocks` with chained hashes of
+ * the leading whole blocks of the first `textLength` characters: equal leading hashes mean equal
+ * leading text.
  */
 export function hashOf(
   material: string,
@@ -89,8 +95,9 @@ export function hashOf(
 }
 
 /**
- * Unit vector of a text: the sum of one fixed random direction per word (per character of Chinese), case and
- * punctuation aside. Texts that share most words lie close; unrelated ones are nearly orthogonal.
+ * Unit vector of a text: the sum of one fixed random direction per word (per character of Chinese),
+ * case and punctuation aside. Texts that share most words lie close; unrelated ones are nearly
+ * orthogonal.
  */
 export function embeddingOf(text: string, dimensions: number): Float32Array {
   const sums = new Float64Array(dimensions);

@@ -1,15 +1,18 @@
 /**
- * The stand-in inference node: an OpenAI-compatible HTTP server in front of a modelled engine, for tests, demos and
- * load without a GPU. Queue, batching and KV memory are the engine's; the text is node-answers.ts.
+ * The stand-in inference node: an OpenAI-compatible HTTP server in front of a modelled engine, for
+ * tests, demos and load without a GPU. Queue, batching and KV memory are the engine's; the text is
+ * node-answers.ts.
  *
- * The engine's µs are the real clock times `speed`. One timer serves the whole server: it fires when the engine's next
- * step ends, and what became due goes out in one write per stream, one SSE event per token.
+ * The engine's µs are the real clock times `speed`. One timer serves the whole server: it fires
+ * when the engine's next step ends, and what became due goes out in one write per stream, one SSE
+ * event per token.
  *
  *   request ─parse─▶ engine queue ─first token─▶ active (pumped every tick) ─last token─▶ ended
  *                        └────────── client leaves: cancelled in the engine ──────────────┘
  *
- * It misbehaves on demand: see `NodeFault`, settable over HTTP (`/fault`) and in process. It keeps no prompts, logs
- * nothing, and is no security boundary: `/fault` is open to whoever reaches the port.
+ * It misbehaves on demand: see `NodeFault`, settable over HTTP (`/fault`) and in process. It keeps
+ * no prompts, logs nothing, and is no security boundary: `/fault` is open to whoever reaches the
+ * port.
  */
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -25,7 +28,7 @@ import {
   tokensOf,
 } from "./node-answers.ts";
 
-// ---- the engine, as this server needs it ----------------------------------------------------------------------
+// ---- the engine, as this server needs it --------------------------------------------------------
 
 /** One generation for the engine; `outputTokens` is what it will produce, at most `maxTokens`. */
 export type EngineRequest = {
@@ -75,7 +78,7 @@ export interface NodeEngine {
   resume(atUs: number): void;
 }
 
-// ---- misbehaviour -----------------------------------------------------------------------------------------------
+// ---- misbehaviour -------------------------------------------------------------------------------
 
 /** Answers that no client should believe; all with status 200 but `redirect`. */
 export type BodyFault =
@@ -87,7 +90,8 @@ export type BodyFault =
   | "redirect" // 302 to a closed port
   | "huge_line"; // one SSE line (or one string) of more than 1 MiB
 
-const BODY_FAULTS: readonly BodyFault[] = [
+/** Every `BodyFault`. */
+export const BODY_FAULTS: readonly BodyFault[] = [
   "garbage",
   "half_json",
   "wrong_content_type",
@@ -97,7 +101,9 @@ const BODY_FAULTS: readonly BodyFault[] = [
   "huge_line",
 ];
 
-/** What is wrong with the node now. Absent = nothing. Takes effect at once, on running requests too. */
+/**
+ * What is wrong with the node now. Absent = nothing. Takes effect at once, on running requests too.
+ */
 export type NodeFault = {
   /** Share of the requests answered with an error before they reach the engine, 0..1. */
   failRate?: number;
@@ -107,7 +113,10 @@ export type NodeFault = {
   delayMs?: number;
   /** `retry-after` of these errors, s. */
   retryAfterS?: number;
-  /** Destroys every connection that carries a request, those in flight included; only `/fault` still answers. */
+  /**
+   * Destroys every connection that carries a request, those in flight included; only `/fault` still
+   * answers.
+   */
   refuse?: boolean;
   /** The engine is wedged: takes requests, makes no token. Health and metrics still answer. */
   hang?: boolean;
@@ -144,7 +153,10 @@ const FAULT_FIELDS: Record<keyof NodeFault, { accepts: string; isValid: (x: unkn
     },
   };
 
-/** Checks a fault that came from outside: the fault, or a sentence that says what is wrong and what is accepted. */
+/**
+ * Checks a fault that came from outside: the fault, or a sentence that says what is wrong and what
+ * is accepted.
+ */
 export function parseFault(value: unknown): NodeFault | string {
   if (!isRecord(value)) return "a fault must be a JSON object";
   for (const [key, given] of Object.entries(value)) {
@@ -161,7 +173,7 @@ export function parseFault(value: unknown): NodeFault | string {
   return { ...value };
 }
 
-// ---- the server ---------------------------------------------------------------------------------------------------
+// ---- the server ---------------------------------------------------------------------------------
 
 export type NodeServerOptions = {
   engine: NodeEngine;
@@ -265,7 +277,10 @@ export class NodeServer {
   #timerAtMs = Number.POSITIVE_INFINITY;
 
   readonly #generations = new Map<string, Generation>();
-  /** Those with something to write at a tick: streams after their first token, and whatever has finished. */
+  /**
+   * Those with something to write at a tick: streams after their first token, and whatever has
+   * finished.
+   */
   readonly #active = new Set<Generation>();
   #delayed: { atMs: number; response: ServerResponse; refusal: Refusal; retryAfterS?: number }[] =
     [];
@@ -303,7 +318,8 @@ export class NodeServer {
   }
 
   /**
-   * Opens the port (0 = any free one). Rejects with a sentence when the port is taken or may not be opened.
+   * Opens the port (0 = any free one). Rejects with a sentence when the port is taken or may not be
+   * opened.
    */
   listen(port: number, host = "127.0.0.1"): Promise<{ port: number; url: string }> {
     return new Promise((resolve, reject) => {
@@ -356,7 +372,7 @@ export class NodeServer {
     return { ...this.#counts, open: this.#generations.size };
   }
 
-  // ---- requests -----------------------------------------------------------------------------------------------
+  // ---- requests ---------------------------------------------------------------------------------
 
   #onRequest(request: IncomingMessage, response: ServerResponse): void {
     const url = request.url ?? "/";
@@ -523,7 +539,7 @@ export class NodeServer {
     generation.response.socket?.destroySoon();
   }
 
-  // ---- time ---------------------------------------------------------------------------------------------------
+  // ---- time -------------------------------------------------------------------------------------
 
   #engineUs(nowMs: number): number {
     return Math.floor((nowMs - this.#startedAtMs) * 1000 * this.#speed);
@@ -608,7 +624,7 @@ export class NodeServer {
     }
   }
 
-  // ---- answers ------------------------------------------------------------------------------------------------
+  // ---- answers ----------------------------------------------------------------------------------
 
   /** Writes what the engine has produced since the last time, within what the fault lets out. */
   #pump(generation: Generation, atUs: number): void {
@@ -761,7 +777,7 @@ export class NodeServer {
     }
   }
 
-  // ---- parsing ------------------------------------------------------------------------------------------------
+  // ---- parsing ----------------------------------------------------------------------------------
 
   #plan(text: string, route: Route, outputHeader: string | string[] | undefined): Plan | Refusal {
     const body = parseJson(text);
@@ -854,7 +870,7 @@ export class NodeServer {
     };
   }
 
-  // ---- what it tells of itself ----------------------------------------------------------------------------------
+  // ---- what it tells of itself ------------------------------------------------------------------
 
   #modelList(): unknown {
     const data = this.#models.map((id) => ({
@@ -902,7 +918,7 @@ export class NodeServer {
   }
 }
 
-// ---- bodies and answers -------------------------------------------------------------------------------------------
+// ---- bodies and answers -------------------------------------------------------------------------
 
 const SSE_HEADERS = {
   "content-type": "text/event-stream; charset=utf-8",
@@ -991,7 +1007,7 @@ function endlessPart(response: ServerResponse): string {
   return `data: {"choices":[{"index":0,"delta":{"content":" on"}}]}\n\n`.repeat(256);
 }
 
-// ---- checks on requests ---------------------------------------------------------------------------------------------
+// ---- checks on requests -------------------------------------------------------------------------
 
 function invalid(param: string, problem: string): Refusal {
   return { status: 400, message: `${param} ${problem}`, param, code: "invalid_value" };
@@ -1063,7 +1079,10 @@ function toolToCall(body: PromptBody): string | undefined {
   return name !== undefined && body.tools.some(isOffered) ? name : undefined;
 }
 
-/** Answers with a call of the tool, arguments {"text": "<words>"}; never cut, so that they stay JSON. */
+/**
+ * Answers with a call of the tool, arguments {"text": "<words>"}; never cut, so that they stay
+ * JSON.
+ */
 function callTool(plan: Plan, tool: string): void {
   const words = TOOL_CALL_TOKENS - 2;
   plan.tool = tool;
@@ -1077,7 +1096,9 @@ function callTool(plan: Plan, tool: string): void {
   plan.pieces.push(escaped.slice(plan.tokens - 1).join(""));
 }
 
-/** Ends the answer before the first stop text; the token that completes it is the last one produced. */
+/**
+ * Ends the answer before the first stop text; the token that completes it is the last one produced.
+ */
 function applyStops(plan: Plan, stops: readonly string[]): void {
   const pieces: string[] = [];
   let text = "";

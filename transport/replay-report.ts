@@ -125,7 +125,8 @@ export class ReplayTally {
   end(ending: ReplayEnding): void {
     switch (ending.kind) {
       case "ok":
-        return this.#onOk(ending);
+        this.#onOk(ending);
+        return;
       case "refused":
         this.refused[ending.status]++;
         return;
@@ -250,6 +251,8 @@ function sumOf(values: readonly number[]): number {
 /** Requests that left later than this (p99) make the measurement doubtful. */
 const LATENESS_MS_DOUBTFUL = 50;
 
+const LABEL_WIDTH = 14;
+
 /** The report as a table for a terminal, without colours. */
 export function formatReplayReport(report: ReplayReport): string {
   const { sent, ok, refused, failed, cache, latenessMs } = report;
@@ -259,7 +262,7 @@ export function formatReplayReport(report: ReplayReport): string {
       `${report.stopped ? ", stopped before the end" : ""}`,
     "",
   ];
-  const row = (name: string, text: string) => lines.push(`${name.padEnd(12)}${text}`);
+  const row = (name: string, text: string) => lines.push(`${name.padEnd(LABEL_WIDTH)}${text}`);
   const listed = (counts: readonly (readonly [string, number])[]) => {
     const shown = counts.filter(([, number]) => number > 0);
     return shown.length === 0
@@ -296,7 +299,10 @@ export function formatReplayReport(report: ReplayReport): string {
       `${count(report.modelsReplaced)} requests named one that the target does not serve`,
     );
   }
-  lines.push("", `${"ms".padEnd(12)}${["mean", "p50", "p90", "p99", "max"].map(cell).join("")}`);
+  lines.push(
+    "",
+    `${"ms".padEnd(LABEL_WIDTH)}${["mean", "p50", "p90", "p99", "max"].map(cell).join("")}`,
+  );
   for (const [name, quantiles] of [
     ["TTFT", report.ttftMs],
     ["TPOT", report.tpotMs],
@@ -308,7 +314,7 @@ export function formatReplayReport(report: ReplayReport): string {
     row(name, [mean, p50, p90, p99, max].map((ms) => cell(milliseconds(ms))).join(""));
   }
   if (report.nodes.length > 0) {
-    const width = Math.max(12, ...report.nodes.map(({ node }) => node.length + 1));
+    const width = Math.max(LABEL_WIDTH, ...report.nodes.map(({ node }) => node.length + 1));
     lines.push("", `${"node".padEnd(width)}${cell("answers")}${cell("share")}`);
     for (const { node, answers, share } of report.nodes) {
       lines.push(`${node.padEnd(width)}${cell(count(answers))}${cell(percent(share))}`);

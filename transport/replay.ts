@@ -79,6 +79,13 @@ export type ReplayProgress = {
 /** A replay that cannot begin, or a load that cannot be sent. */
 export class ReplayError extends Error {
   override readonly name = "ReplayError";
+  /** True: an option is wrong. False: the target is. */
+  readonly isInput: boolean;
+
+  constructor(message: string, isInput: boolean) {
+    super(message);
+    this.isInput = isInput;
+  }
 }
 
 const INFLIGHT_MAX = 4096;
@@ -125,14 +132,14 @@ class Replay {
   constructor(options: ReplayOptions) {
     const { speed = 1, limit, inflightMax = INFLIGHT_MAX } = options;
     if (!(speed > 0 && Number.isFinite(speed))) {
-      throw new ReplayError(`speed is ${speed}; it must be above 0`);
+      throw new ReplayError(`speed is ${speed}; it must be above 0`, true);
     }
     for (const [name, value] of [
       ["limit", limit],
       ["inflightMax", inflightMax],
     ] as const) {
       if (value !== undefined && !(Number.isInteger(value) && value >= 1)) {
-        throw new ReplayError(`${name} is ${value}; it must be a whole number, 1 or more`);
+        throw new ReplayError(`${name} is ${value}; it must be a whole number, 1 or more`, true);
       }
     }
     this.#options = options;
@@ -325,6 +332,7 @@ class Replay {
     if (first === undefined) {
       throw new ReplayError(
         `which model to ask for is not known: the load names none that ${this.#base.href} serves; state one`,
+        true,
       );
     }
     if (recorded !== undefined) this.#tally.modelsReplaced++;
@@ -333,6 +341,7 @@ class Replay {
 
   /** Also finds out, before any load is sent, whether the target answers and takes the key. */
   #servedModels(): Promise<readonly string[] | undefined> {
+    const { signal } = this.#options;
     const url = new URL("v1/models", this.#base);
     const send = url.protocol === "https:" ? httpsRequest : httpRequest;
     return new Promise((resolve, reject) => {
@@ -340,13 +349,12 @@ class Replay {
         agent: this.#agent,
         headers: this.#headers(),
         timeout: MODELS_TIMEOUT_MS,
+        ...(signal !== undefined && { signal }),
       });
       const fail = (why: string) => {
         if (this.#isBrokenOff()) resolve(undefined);
-        else reject(new ReplayError(`${this.#base.href} ${why}`));
+        else reject(new ReplayError(`${this.#base.href} ${why}`, false));
       };
-      this.#open.add(request);
-      request.on("close", () => this.#open.delete(request));
       request.on("error", (error) => {
         fail(`does not answer (${networkReason("code" in error ? String(error.code) : "")})`);
       });
@@ -560,10 +568,10 @@ function baseUrl(target: string): URL {
   try {
     url = new URL(target);
   } catch {
-    throw new ReplayError(`the target ${JSON.stringify(target)} is no URL; ${accepted}`);
+    throw new ReplayError(`the target ${JSON.stringify(target)} is no URL; ${accepted}`, true);
   }
   if (url.protocol !== "http:" && url.protocol !== "https:") {
-    throw new ReplayError(`the target's scheme is ${url.protocol}; ${accepted}`);
+    throw new ReplayError(`the target's scheme is ${url.protocol}; ${accepted}`, true);
   }
   const path = url.pathname.replace(/\/+$/, "").replace(/\/v1$/, "");
   return new URL(`${url.origin}${path}/`);
