@@ -1,23 +1,22 @@
 /**
- * The circuit of one node: whether it may be given work, as judged by what became of earlier work. Pure: time
- * and randomness are passed in; it sends nothing and starts no timer.
+ * The circuit of one node: whether it may be given work, as judged by what became of earlier work.
+ * Pure: time and randomness are passed in; it sends nothing and starts no timer.
  *
- *             settle / condemn names a cause, the pool consents: open()
- *      ┌────────┐ ─────────────────────────────────────────────▶ ┌──────┐
- *      │ closed │                                                │ open │
- *      └────────┘ ◀── enough successes ── ┌───────────┐ ◀─────── └──────┘
- *       ramp 0.1 → 1                      │ half_open │  becomeHalfOpen()  ▲
- *                                         └───────────┘ ── one failure, ───┘
- *                                                          or silence: open()
+ *   closed ──── open(): a cause, and the pool's consent ────▶ open
+ *     ▲                                                      │  ▲
+ *     │ enough successes                    becomeHalfOpen() │  │ open(): one failure,
+ *     │ (then ramp 0.1 → 1)                                  ▼  │ or silence
+ *     └─────────────────────────────────────────────────── half_open
  *
- * It never opens by itself. `settle`, `condemn` and `overdue` return the cause for which it should; in closed
- * state the caller asks the pool (a pool that ejects all its nodes serves nobody) and then calls `open` or
- * `stayClosed`: refused, it goes on at the least weight, on probation. A half-open circuit is out of the pool
- * already, so there the caller opens at once.
+ * It never opens by itself. `settle`, `condemn` and `overdue` return the cause for which it should. In
+ * closed state the caller asks the pool (a pool that ejects all its nodes serves nobody) and then calls
+ * `open` or `stayClosed`: refused, it goes on at the least weight, on probation. A half-open circuit is
+ * out of the pool already, so there the caller opens at once.
  *
- * Half open begins with a probe of the caller's own; `admitTrials` then lets real calls in, a few at once.
- * Each opening begins a new *era*. A call carries the era in which it was admitted, and one of an earlier era is
- * a straggler that changes nothing: a late success cannot close the circuit, nor a late failure open it again.
+ * Half open begins with a probe of the caller's own; `admitTrials` then lets real calls in, a few at
+ * once. Each opening begins a new *era*. A call carries the era in which it was admitted, and one of an
+ * earlier era is a straggler that changes nothing: a late success cannot close the circuit, nor a late
+ * failure open it again.
  *
  * Trips on exact counts, never on averages: five calls of a quiet night must not weigh like five hundred.
  */
@@ -36,8 +35,8 @@ export type CircuitCause =
   | "probe_silent"; // half open: no result in time
 
 /**
- * What one call says of its node. "none": nothing (the client left, a 4xx, overload): it counts nowhere and only
- * gives its permit back.
+ * What one call says of its node. "none": nothing (the client left, a 4xx, overload): it counts nowhere
+ * and only gives its permit back.
  */
 export type CallResult = "ok" | "failed_local" | "failed_gateway" | "slow" | "none";
 
@@ -220,9 +219,9 @@ export class CircuitBreaker {
   }
 
   /**
-   * What became of a call that was admitted in `era`, with or without a permit that it still holds. Half open,
-   * only permit holders succeed, so that a call whose first token counted does not count again at its end.
-   * Returns the cause for which the circuit should open now, if any.
+   * What became of a call that was admitted in `era`, with or without a permit that it still holds.
+   * Half open, only permit holders succeed, so that a call whose first token counted does not count
+   * again at its end. Returns the cause for which the circuit should open now, if any.
    */
   settle(
     result: CallResult,
@@ -270,7 +269,7 @@ export class CircuitBreaker {
     return this.#openForMs;
   }
 
-  /** The pool refused the ejection: goes on at the least weight, and asks again no sooner than `probationMs`. */
+  /** The pool refused: goes on at the least weight, and wishes again no sooner than `probationMs`. */
   stayClosed(nowMs: number): void {
     assert(this.#state === "closed" && this.#isWishing, "only a wish can be refused");
     this.#clearEvidence();

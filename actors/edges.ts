@@ -41,7 +41,12 @@ export type UpstreamCommand =
   /** The sender restarted and has lost its requests: end all of them. */
   | { kind: "upstream.abort_all" }
   /** A one-token generation, to see whether a node answers at all. */
-  | { kind: "upstream.probe"; node: NodeId; timeoutMs: number; replyTo: ReplyTo<{ answered: boolean; detail: string }> };
+  | {
+      kind: "upstream.probe";
+      node: NodeId;
+      timeoutMs: number;
+      replyTo: ReplyTo<{ answered: boolean; detail: string }>;
+    };
 
 export type UpstreamEvent =
   /** The first content token is out: from now on the attempt is committed and never retried. */

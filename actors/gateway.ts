@@ -71,7 +71,9 @@ export class GatewayRefs {
     this.upstream = makeRef("headrace/edges/upstream");
     this.scraper = makeRef("headrace/edges/scraper");
     this.store = makeRef("headrace/edges/store");
-    this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`headrace/cache/${i}`));
+    this.cacheShards = Array.from({ length: cacheShards }, (_, i) =>
+      makeRef(`headrace/cache/${i}`),
+    );
     this.limiter = makeRef("headrace/limiter");
     this.router = makeRef("headrace/router");
     this.requests = makeRef("headrace/requests");

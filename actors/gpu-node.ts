@@ -1,26 +1,29 @@
 /**
- * One inference node: who is in flight on it, how fast it is, and whether it may be given more. The only writer
- * of that state; every router ranks on the snapshots it publishes and asks it for a lease before it sends.
+ * One inference node: who is in flight on it, how fast it is, and whether it may be given more. The
+ * only writer of that state; every router ranks on the snapshots it publishes and asks it for a lease
+ * before it sends.
  *
- * - **Leases** are the truth about work in flight, over all routers. One lives `leaseTtlMs` from its last sign of
- *   life (first token, progress); an expired one belonged to a process that died.
+ * - **Leases** are the truth about work in flight, over all routers. One lives `leaseTtlMs` from its
+ *   last sign of life (first token, progress); an expired one belonged to a process that died.
  * - **The cap** on them is learned: overload shrinks it at once, quiet lets it grow by one (AIMD).
- * - **The circuit** (circuit-breaker.ts) judges the outcomes of leases, the health checks, and an engine that runs
- *   requests without making a token. Before it opens, a subscribed router is asked whether the pool can bear it;
- *   without a router, or without its answer, the node's own evidence decides.
- * - **Speed** is learned from finished streams, as seconds per output token; whole-request latencies are kept only
- *   for the strategies that want them.
- * - **Work of others** (clients that bypass us, leases that an earlier incarnation lost) is what the engine reports
- *   beyond our leases. It counts in `inflight` and takes room from the cap.
+ * - **The circuit** (circuit-breaker.ts) judges the outcomes of leases, the health checks, and an
+ *   engine that runs requests without making a token. Before it opens, a subscribed router is asked
+ *   whether the pool can bear it; without a router, or without its answer, the node's own evidence
+ *   decides.
+ * - **Speed** is learned from finished streams, as seconds per output token; whole-request latencies
+ *   are kept only for the strategies that want them.
+ * - **Work of others** (clients that bypass us, leases that an earlier incarnation lost) is what the
+ *   engine reports beyond our leases. It counts in `inflight` and takes room from the cap.
  *
- * A turn is O(1), but for `describe`, a restarted owner and a sweep of expired leases. It never waits for the
- * network: the scraper and the upstream probe are edges that report by message.
+ * A turn is O(1), but for `describe`, a restarted owner and a sweep of expired leases. It never waits
+ * for the network: the scraper and the upstream probe are edges that report by message.
  *
- * After a crash everything here begins afresh, under a higher incarnation; `start` asks the scraper again, and the
- * routers subscribe again when they see that this incarnation ended. Lost are the leases, the learned speed and
- * cap, and the circuit. That is safe: a lease bounds nothing but load, the engine has its own queue, and the first
- * scrape counts what still runs as work of others; late messages of lost leases are ignored; a node that was
- * open fails its first calls and opens again.
+ * After a crash everything here begins afresh, under a higher incarnation; `start` asks the scraper
+ * again, and the routers subscribe again when they see that this incarnation ended. Lost are the
+ * leases, the learned speed and cap, the circuit, a drain and a rest. That is safe: a lease bounds
+ * nothing but load, the engine has its own queue, and the first scrape counts what still runs as work
+ * of others; late messages of lost leases are ignored and counted; a node that was open fails its
+ * first calls and opens again.
  *
  * It chooses nothing (router.ts), retries nothing (request.ts), and touches no engine itself.
  */
@@ -141,6 +144,13 @@ export type GpuNodeEvent =
   | { kind: "gpu_node.signal_missing"; node: NodeId; engine: string; missing: readonly string[] }
   | { kind: "gpu_node.scrape_failed"; node: NodeId; reason: string }
   | { kind: "gpu_node.health_changed"; node: NodeId; healthy: boolean; detail: string }
+  /** What the node serves is known now, or is something else than before. */
+  | {
+      kind: "gpu_node.models_changed";
+      node: NodeId;
+      models: readonly string[];
+      adapters: readonly string[];
+    }
   /** For 30 s we have held far more leases than the engine has requests: somebody does not release. */
   | { kind: "gpu_node.leases_exceed_engine"; node: NodeId; leases: number; engine: number }
   /** No lease is left on a draining node, or it was waited long enough for those that are. */
@@ -796,7 +806,7 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     this.#wasWaiting = isWaiting;
   }
 
-  /** Wedged: it runs requests of ours and its token counter stands still. Its health route may well say ok. */
+  /** Wedged: it runs requests of ours, and its token counter stands still. Its health route may say ok. */
   #watchStuck(sample: ScrapeSample, before: ScrapeSample | undefined, context: NodeContext): void {
     const tokens = sample.generatedTokensTotal;
     const isStuck =
@@ -852,8 +862,13 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
   }
 
   #onModels(models: readonly string[], adapters: readonly string[], context: NodeContext): void {
-    if (this.#options.models === undefined) this.#models = models;
-    if (this.#options.adapters === undefined) this.#adapters = adapters;
+    const { node } = this.#options;
+    const served = this.#options.models ?? models;
+    const held = this.#options.adapters ?? adapters;
+    if (isSameList(served, this.#models) && isSameList(held, this.#adapters)) return;
+    this.#models = served;
+    this.#adapters = held;
+    this.#emit({ kind: "gpu_node.models_changed", node, models: served, adapters: held }, context);
     this.#publish(context);
   }
 
@@ -1015,6 +1030,10 @@ type NodeContext = Context<GpuNodeMessage | Private>;
 type Release = Extract<GpuNodeMessage, { kind: "gpu_node.release" }>;
 type Mutable<T> = { -readonly [K in keyof T]: T[K] };
 
+function isSameList(a: readonly string[], b: readonly string[] | undefined): boolean {
+  return b !== undefined && a.length === b.length && a.every((item, i) => item === b[i]);
+}
+
 /** Counts come from other processes: a sum of them must stay whole, finite and reversible. */
 function wholeTokens(tokens: number): number {
   return tokens > 0 ? Math.min(Math.round(tokens), 1_000_000_000) : 0;
@@ -1044,8 +1063,8 @@ function resultOf(outcome: LeaseOutcome): CallResult {
 }
 
 /**
- * How much may be in flight: additive increase, multiplicative decrease. It reads overload only where the engine
- * says so; latency would show the length of answers instead.
+ * How much may be in flight: additive increase, multiplicative decrease. It reads overload only where
+ * the engine says so; latency would show the length of answers instead.
  */
 class ConcurrencyCap {
   readonly #options: ConcurrencyOptions;
@@ -1101,8 +1120,9 @@ const LATENCY_SAMPLES = 9;
 const LATENCY_BANDS = 18; // 2^17 in flight and more share the last band.
 
 /**
- * Latencies of finished requests by how many others were in flight when they began, in bands of powers of two.
- * Each band keeps its last nine, in order of arrival and in order of size, so that the median is always at hand.
+ * Latencies of finished requests by how many others were in flight when they began, in bands of powers
+ * of two. Each band keeps its last nine, in order of arrival and in order of size, so that the median is
+ * always at hand.
  */
 class LatencyByInflight {
   readonly #bands: ({ recent: number[]; next: number; sorted: number[] } | undefined)[] = new Array(

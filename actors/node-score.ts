@@ -330,7 +330,7 @@ export class Field {
     let count = 0;
     let candidates = 0;
     let busy = 0;
-    let passing = 0;
+    let transient = 0;
     let newestAtMs = Number.NEGATIVE_INFINITY;
     let speedUnknown = false;
     let trial: NodeView | undefined;
@@ -347,12 +347,12 @@ export class Field {
         candidates++;
       } else if (exclusion !== "tried" && exclusion !== "draining") {
         candidates++;
-        if (isSoft(exclusion) || mayReturn(view, exclusion, nowMs)) passing++;
+        if (isSoft(exclusion) || mayReturn(view, exclusion, nowMs)) transient++;
       }
     }
     this.count = count;
     this.trial = trial;
-    this.waitable = busy + passing;
+    this.waitable = busy + transient;
     this.newsAgeMs = nowMs - newestAtMs;
     if (count + busy < options.panicRatio * candidates) this.#panic(wanted);
     if (speedUnknown || this.isPanic) this.#refreshMedian();

@@ -114,7 +114,7 @@ export type NodeSnapshot = {
   /** Served models; absent = not known yet. */
   models?: readonly string[];
   adapters?: readonly string[];
-  /** Leases held over all routers. */
+  /** Leases held over all routers, and what others run on the node once that is much. */
   inflight: number;
   /** Outstanding uncached prompt tokens of leases without a first token. */
   prefillTokens: number;

@@ -20,9 +20,22 @@
  * a restart: `start` then tells every owner (`owner_restarted`), so that leases, reservations and flights are
  * freed and every open client gets an error instead of silence.
  */
-import { type ActorRef, type AskOutcome, type Context, type ReplyTo, unreachable, type Actor } from "../runtime/actor.ts";
+import {
+  type Actor,
+  type ActorRef,
+  type AskOutcome,
+  type Context,
+  type ReplyTo,
+  unreachable,
+} from "../runtime/actor.ts";
 import type { CacheMessage, FlightNews, FlightResult, LookupReply } from "./cache.ts";
-import type { AnswerFacts, FrontCommand, UpstreamCommand, UpstreamEvent, UpstreamFailure } from "./edges.ts";
+import type {
+  AnswerFacts,
+  FrontCommand,
+  UpstreamCommand,
+  UpstreamEvent,
+  UpstreamFailure,
+} from "./edges.ts";
 import { type ErrorCode, errorFacts } from "./errors.ts";
 import type { GpuNodeMessage } from "./gpu-node.ts";
 import type {
@@ -56,7 +69,11 @@ export type RequestMessage =
   | { kind: "request.deadline"; requestId: RequestId }
   | { kind: "request.retry_due"; requestId: RequestId };
 
-type LookedUp = { kind: "request.looked_up"; requestId: RequestId; outcome: AskOutcome<LookupReply> };
+type LookedUp = {
+  kind: "request.looked_up";
+  requestId: RequestId;
+  outcome: AskOutcome<LookupReply>;
+};
 type Admitted = {
   kind: "request.admitted";
   requestId: RequestId;
@@ -398,7 +415,13 @@ export class RequestActor implements Actor<RequestMessage> {
       const last = request.lastFailure;
       // On a retry the client is told what failed, not that nothing else was free.
       if (last === null) return this.#refuse(request, reply.code, context, reply.retryAfterMs);
-      return this.#refuse(request, last.code, context, last.retryAfterMs ?? reply.retryAfterMs, last.detail);
+      return this.#refuse(
+        request,
+        last.code,
+        context,
+        last.retryAfterMs ?? reply.retryAfterMs,
+        last.detail,
+      );
     }
     const { facts } = request;
     request.phase = "running";
@@ -483,7 +506,12 @@ export class RequestActor implements Actor<RequestMessage> {
     });
   }
 
-  #attach(request: Request, node: NodeId, attempts: number, context: Context<RequestMessage>): void {
+  #attach(
+    request: Request,
+    node: NodeId,
+    attempts: number,
+    context: Context<RequestMessage>,
+  ): void {
     if (request.attached) return;
     request.attached = true;
     if (!request.clientPresent) return;
@@ -498,7 +526,11 @@ export class RequestActor implements Actor<RequestMessage> {
   #onProgress(leaseId: LeaseId, outputTokens: number, context: Context<RequestMessage>): void {
     const request = this.#byLease(leaseId);
     if (request === undefined) return;
-    context.tell(this.#refs.node(request.node), { kind: "gpu_node.progress", leaseId, outputTokens });
+    context.tell(this.#refs.node(request.node), {
+      kind: "gpu_node.progress",
+      leaseId,
+      outputTokens,
+    });
   }
 
   #onFinished(
@@ -719,7 +751,11 @@ export class RequestActor implements Actor<RequestMessage> {
     const request = this.#requests.get(requestId);
     if (request === undefined || !request.clientPresent) return;
     request.clientPresent = false;
-    if (request.phase === "looking" || request.phase === "joined" || request.phase === "following") {
+    if (
+      request.phase === "looking" ||
+      request.phase === "joined" ||
+      request.phase === "following"
+    ) {
       this.#leaveFlight(request, context);
       return this.#end(request, "left", "client_closed", context);
     }
@@ -744,13 +780,16 @@ export class RequestActor implements Actor<RequestMessage> {
   #abandon(request: Request, code: ErrorCode, context: Context<RequestMessage>): void {
     const { requestId } = request.facts;
     const running = request.phase === "running" || request.phase === "streaming";
-    if (request.phase === "choosing") context.tell(this.#refs.router, { kind: "router.cancel", requestId });
+    if (request.phase === "choosing")
+      context.tell(this.#refs.router, { kind: "router.cancel", requestId });
     if (running) {
       context.tell(this.#refs.upstream, { kind: "upstream.abort", leaseId: request.leaseId, code });
       const waitedMs = context.nowMs - request.leasedAtMs;
       // A node that had its full time and said nothing was slow; otherwise it is not to blame.
       const outcome =
-        code === "deadline_exceeded" && waitedMs >= this.#options.firstTokenMs ? "slow" : "cancelled";
+        code === "deadline_exceeded" && waitedMs >= this.#options.firstTokenMs
+          ? "slow"
+          : "cancelled";
       const usage = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 };
       this.#release(request, outcome, usage, 0, context);
     }
@@ -772,7 +811,8 @@ export class RequestActor implements Actor<RequestMessage> {
     shared: boolean = code !== "deadline_exceeded" && code !== "client_closed",
   ): void {
     const retry = retryAfterMs === undefined ? {} : { retryAfterMs };
-    const message = detail === undefined ? {} : { message: `${errorFacts[code].message} (${detail})` };
+    const message =
+      detail === undefined ? {} : { message: `${errorFacts[code].message} (${detail})` };
     if (request.clientPresent) {
       context.tell(this.#refs.front, {
         kind: "front.refuse",

@@ -21,15 +21,30 @@ export type FailureRule = {
 const anyNumber = Number.POSITIVE_INFINITY; // Bounded by attemptsMax.
 
 export const failureRules = {
-  connect: { retriesMax: anyNumber, wait: "now", outcome: "failed_local", code: "upstream_connect" },
-  overloaded: { retriesMax: anyNumber, wait: "now", outcome: "overloaded", code: "pool_overloaded" },
+  connect: {
+    retriesMax: anyNumber,
+    wait: "now",
+    outcome: "failed_local",
+    code: "upstream_connect",
+  },
+  overloaded: {
+    retriesMax: anyNumber,
+    wait: "now",
+    outcome: "overloaded",
+    code: "pool_overloaded",
+  },
   unavailable: {
     retriesMax: anyNumber,
     wait: "backoff",
     outcome: "failed_gateway",
     code: "upstream_failed",
   },
-  server_error: { retriesMax: 1, wait: "backoff", outcome: "failed_gateway", code: "upstream_failed" },
+  server_error: {
+    retriesMax: 1,
+    wait: "backoff",
+    outcome: "failed_gateway",
+    code: "upstream_failed",
+  },
   bad_answer: {
     retriesMax: anyNumber,
     wait: "backoff",

@@ -19,7 +19,9 @@ const NODES = ["gpu-1", "gpu-2", "gpu-3"] as const;
 
 export function demoCommand(): Command {
   return new Command("demo")
-    .description("a gateway with three stand-in nodes, a tour of what it does, then up for you to try")
+    .description(
+      "a gateway with three stand-in nodes, a tour of what it does, then up for you to try",
+    )
     .option("--port <port>", "port of the gateway (0 = any free one)", "8080")
     .option("--once", "end after the tour instead of staying up")
     .action(async (flags: { port: string; once?: boolean }) => {
@@ -34,7 +36,9 @@ export function demoCommand(): Command {
         await demo.start();
         await demo.tour();
       } catch (error) {
-        console.error(pc.red(`the tour stopped: ${error instanceof Error ? error.message : String(error)}`));
+        console.error(
+          pc.red(`the tour stopped: ${error instanceof Error ? error.message : String(error)}`),
+        );
         return end(1);
       }
       if (flags.once === true) return end(0);
@@ -68,7 +72,9 @@ class Demo {
   // ---- processes ----------------------------------------------------------------------------------------
 
   async start(): Promise<void> {
-    title("Starting a gateway and three stand-in inference nodes (no GPU: real queues, modelled speed)");
+    title(
+      "Starting a gateway and three stand-in inference nodes (no GPU: real queues, modelled speed)",
+    );
     await Promise.all(NODES.map((name) => this.#startNode(name, 0)));
     for (const name of NODES) say(`node ${name} on port ${this.#nodes.get(name)?.port}`);
     const config = join(this.#folder, "headrace.json");
@@ -84,7 +90,10 @@ class Demo {
       listen: { port: this.#wishedPort },
       log: { level: "error", format: "text" },
       admin: { token: ADMIN_TOKEN },
-      nodes: NODES.map((name) => ({ name, url: `http://127.0.0.1:${this.#nodes.get(name)?.port}` })),
+      nodes: NODES.map((name) => ({
+        name,
+        url: `http://127.0.0.1:${this.#nodes.get(name)?.port}`,
+      })),
       keys: [
         { key: KEYS.acme, tenant: "acme" },
         { key: KEYS.tiny, tenant: "tiny", limits: { requestsPerMinute: 6, requestBurst: 3 } },
@@ -105,7 +114,8 @@ class Demo {
   async #untilAllNodesKnown(): Promise<void> {
     for (let tries = 0; tries < 200; tries++) {
       const nodes = await this.#adminNodes();
-      if (nodes.length === NODES.length && nodes.every((n) => n.snapshot.models?.includes(MODEL))) return;
+      if (nodes.length === NODES.length && nodes.every((n) => n.snapshot.models?.includes(MODEL)))
+        return;
       await sleep(50);
     }
     throw new Error("the gateway did not learn its nodes within 10 s");
@@ -159,7 +169,9 @@ class Demo {
     const reply = await this.#chat("Write a line about rivers.", KEYS.acme, { stream: true });
     const events = reply.body.split("\n\n").filter((event) => event.startsWith("data: "));
     say(`${verdict(reply)}: first byte after ${reply.firstByteMs.toFixed(0)} ms, whole after`);
-    say(`${reply.totalMs.toFixed(0)} ms, ${events.length} events: "${streamedText(events).slice(0, 60)}…"`);
+    say(
+      `${reply.totalMs.toFixed(0)} ms, ${events.length} events: "${streamedText(events).slice(0, 60)}…"`,
+    );
     check(events.at(-1) === "data: [DONE]", "a stream ends with [DONE]");
   }
 
@@ -169,7 +181,9 @@ class Demo {
       const reply = await this.#chat(`Tiny question number ${i}.`, KEYS.tiny);
       const left = reply.headers["x-ratelimit-remaining-requests"];
       const retry = reply.headers["retry-after"];
-      say(`request ${i}: ${reply.status}, ${left} left${retry === undefined ? "" : `, retry-after ${retry} s`}`);
+      say(
+        `request ${i}: ${reply.status}, ${left} left${retry === undefined ? "" : `, retry-after ${retry} s`}`,
+      );
       if (reply.status === 429) return;
     }
     throw new Error("the limit did not hold");
@@ -185,7 +199,9 @@ class Demo {
     const replies = await load;
     const failed = replies.filter((reply) => reply.status !== 200);
     const retried = replies.filter((reply) => Number(reply.headers["x-headrace-attempts"]) > 1);
-    say(`${replies.length} requests: ${replies.length - failed.length} ok, ${failed.length} failed;`);
+    say(
+      `${replies.length} requests: ${replies.length - failed.length} ok, ${failed.length} failed;`,
+    );
     say(`${retried.length} were moved to another node; ${shares(replies)}`);
     check(failed.length === 0, `no request may fail, but ${failed.length} did: ${failed[0]?.body}`);
     say(`circuits: ${await this.#circuits()}`);
@@ -281,7 +297,15 @@ class Demo {
   }
 
   async #adminNodes(): Promise<
-    { snapshot: { node: string; circuit: string; ramp: number; models?: string[]; inflight: number } }[]
+    {
+      snapshot: {
+        node: string;
+        circuit: string;
+        ramp: number;
+        models?: string[];
+        inflight: number;
+      };
+    }[]
   > {
     const reply = await this.#call("GET", "/admin/nodes", ADMIN_TOKEN);
     return JSON.parse(reply.body).nodes ?? [];
@@ -290,7 +314,10 @@ class Demo {
   async #circuits(): Promise<string> {
     const nodes = await this.#adminNodes();
     return nodes
-      .map(({ snapshot }) => `${snapshot.node} ${snapshot.circuit}, weight ${snapshot.ramp.toFixed(1)}`)
+      .map(
+        ({ snapshot }) =>
+          `${snapshot.node} ${snapshot.circuit}, weight ${snapshot.ramp.toFixed(1)}`,
+      )
       .join(" · ");
   }
 }
@@ -306,7 +333,9 @@ function startHeadrace(args: string[]): ChildProcess {
 async function listeningPort(child: ChildProcess, what: string): Promise<number> {
   const port = new Promise<number>((resolve, reject) => {
     child.once("message", (message: { port?: number }) => resolve(message.port ?? 0));
-    child.once("exit", (code) => reject(new Error(`${what} ended at its start (exit code ${code})`)));
+    child.once("exit", (code) =>
+      reject(new Error(`${what} ended at its start (exit code ${code})`)),
+    );
   });
   return port;
 }

@@ -11,7 +11,9 @@ import { serveCommand } from "./serve.ts";
 const manifest = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8"));
 
 await new Command("headrace")
-  .description("Brings LLM requests to self-hosted GPUs: cache, limits, routing by live state, retry.")
+  .description(
+    "Brings LLM requests to self-hosted GPUs: cache, limits, routing by live state, retry.",
+  )
   .version(manifest.version)
   .addCommand(serveCommand())
   .addCommand(demoCommand())

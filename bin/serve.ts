@@ -19,7 +19,10 @@ async function serve(command: Command): Promise<void> {
     log.error({ error: String(error) }, "the actor system gave up");
     process.exit(1);
   }).catch((error: NodeJS.ErrnoException) => command.error(whyNoStart(error, options)));
-  log.info({ host: options.listen.host, port: server.port, nodes: options.nodes.length }, "listening");
+  log.info(
+    { host: options.listen.host, port: server.port, nodes: options.nodes.length },
+    "listening",
+  );
   process.send?.({ kind: "listening", port: server.port });
   handleSignals(server, configSources(command, process.env), log);
   await warm(server, log);
@@ -59,7 +62,9 @@ function handleSignals(server: Server, sources: ConfigSources, log: Log): void {
 /** Shows the warm-up on a terminal as a bar, elsewhere as two log lines. */
 async function warm(server: Server, log: Log): Promise<void> {
   const bar = process.stderr.isTTY
-    ? new cliProgress.SingleBar({ format: "warm-up {value} prompts, {filled} new, {present} cached" })
+    ? new cliProgress.SingleBar({
+        format: "warm-up {value} prompts, {filled} new, {present} cached",
+      })
     : null;
   let started = false;
   try {

@@ -762,6 +762,7 @@ class Checker {
     if (reply.kind === "join") {
       expect(request.read && request.lead).toBe(true);
       expect(this.#leaders.get(request.key)).toBe(reply.flightId);
+      expect(this.#began.get(reply.flightId)).toBe(this.#purgesOf(request.tenant));
       request.state = reply.committed === undefined ? "joined" : "committed";
     }
   }
@@ -788,7 +789,8 @@ class Checker {
       case "flight.promoted":
         expect(request.state).toBe("joined");
         expect(news.key).toBe(request.key);
-        return this.#lead(news.requestId);
+        this.#lead(news.requestId);
+        return;
       case "flight.abandoned":
         expect(request.state).toBe("leads");
         this.#leaders.delete(request.key);

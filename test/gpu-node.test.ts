@@ -856,10 +856,17 @@ describe("gpu node: signals", () => {
     const found = world();
     expect("models" in found.describe().snapshot).toBe(false);
     found.kit.send({ kind: "scraper.models", models: ["llama"], adapters: ["sql"] });
+    found.kit.send({ kind: "scraper.models", models: ["llama"], adapters: ["sql"] });
     expect(found.describe().snapshot).toMatchObject({ models: ["llama"], adapters: ["sql"] });
+    expect(found.eventsOf("gpu_node.models_changed")).toEqual([
+      { kind: "gpu_node.models_changed", node: "a", models: ["llama"], adapters: ["sql"] },
+    ]);
+    found.kit.send({ kind: "scraper.models", models: ["llama"], adapters: [] });
+    expect(found.eventsOf("gpu_node.models_changed")).toHaveLength(2);
     const fixed = world({ models: ["qwen"], adapters: [] });
     fixed.kit.send({ kind: "scraper.models", models: ["llama"], adapters: ["sql"] });
     expect(fixed.describe().snapshot).toMatchObject({ models: ["qwen"], adapters: [] });
+    expect(fixed.eventsOf("gpu_node.models_changed")).toEqual([]);
   });
 
   it("work that is not ours counts once it has lasted 30 s, takes room, and goes as soon as it is gone", () => {

@@ -245,17 +245,21 @@ describe("replay: open loop", () => {
   });
 
   it("beyond inflightMax nothing is sent, and that is counted", async () => {
+    let isAllRead = false;
     const waiting: (() => void)[] = [];
+    const answerAll = () => {
+      if (isAllRead && waiting.length === 3) for (const answer of waiting) answer();
+    };
     const { url, received } = await target((response, one, index) => {
       waiting.push(() => good(response, one, index));
-      if (waiting.length === 3) for (const answer of waiting) answer();
+      answerAll();
     });
-    // All due at once: the first three are open before any answer can come.
-    const report = await run(
-      url,
-      Array.from({ length: 8 }, () => at(0)),
-      { inflightMax: 3 },
-    );
+    function* source() {
+      for (let index = 0; index < 8; index++) yield at(0);
+      isAllRead = true; // Nothing was answered until here, so the first three are still open.
+      answerAll();
+    }
+    const report = await replay({ requests: source(), target: url, inflightMax: 3 });
     addsUp(report);
     expect(report).toMatchObject({ requests: 8, sent: 3, refusedByClient: 5, ok: 3 });
     expect(received).toHaveLength(3);
@@ -293,15 +297,20 @@ describe("replay: open loop", () => {
 
   it("the signal stops the load, breaks off what is open and reports the rest", async () => {
     const stop = new AbortController();
-    const { url } = await target((response, one, index) => {
+    const { url, received } = await target((response, one, index) => {
       if (index < 2) good(response, one, index);
       else if (index === 2) {
         response.setHeader("content-type", "text/event-stream");
-        response.write(content("a")); // And no more: broken off within the answer.
-      } else if (index === 4) stop.abort(); // Broken off before it.
+        response.write(content("a")); // And no more: broken off within the answer, the others before it.
+      }
     });
-    const requests = [...Array.from({ length: 5 }, (_, index) => at(index * 20)), at(1e9)];
-    const report = await run(url, requests, { signal: stop.signal });
+    const requests = [...Array.from({ length: 5 }, (_, index) => at(index)), at(1e9)];
+    const report = await run(url, requests, {
+      signal: stop.signal,
+      onProgress: ({ ok }) => {
+        if (ok === 2 && received.length === 5) stop.abort();
+      },
+    });
     addsUp(report);
     expect(report).toMatchObject({ requests: 5, ok: 2, unfinished: 3, stopped: true, failed: {} });
   });

@@ -306,9 +306,7 @@ export class World {
   }
 
   behaviour(node: NodeId): Behaviour {
-    return (
-      this.#behaviours.get(node) ?? { kind: "answers", ttftMs: 50, tokens: 11, itlMs: 10 }
-    );
+    return this.#behaviours.get(node) ?? { kind: "answers", ttftMs: 50, tokens: 11, itlMs: 10 };
   }
 
   setBehaviour(node: NodeId, behaviour: Behaviour | null): void {
@@ -371,31 +369,30 @@ export class World {
     return first;
   }
 
-  books(): Books {
-    const nodes = this.#nodes.map((node) =>
-      this.ask<GpuNodeMessage, NodeDescription>(this.refs.node(node), (replyTo) => ({
-        kind: "gpu_node.describe",
-        replyTo,
-      })),
+  async books(): Promise<Books> {
+    const nodes = await Promise.all(this.#nodes.map((node) => this.node(node)));
+    const shards = await Promise.all(
+      this.refs.cacheShards.map((shard) =>
+        this.ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
+          kind: "cache.describe",
+          replyTo,
+        })),
+      ),
     );
-    const shards = this.refs.cacheShards.map((shard) =>
-      this.ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
-        kind: "cache.describe",
-        replyTo,
-      })),
+    const router = await this.router();
+    const limiter = await this.ask<RateLimiterMessage, LimiterDescription>(
+      this.refs.limiter,
+      (replyTo) => ({ kind: "limiter.describe", replyTo }),
+    );
+    const requests = await this.ask<RequestMessage, RequestDescription>(
+      this.refs.requests,
+      (replyTo) => ({ kind: "request.describe", replyTo }),
     );
     const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
-    const router = this.router();
     return {
-      open: this.ask<RequestMessage, RequestDescription>(this.refs.requests, (replyTo) => ({
-        kind: "request.describe",
-        replyTo,
-      })).open,
+      open: requests.open,
       leases: sum(nodes.map((node) => node.snapshot.inflight)),
-      reservations: this.ask<RateLimiterMessage, LimiterDescription>(
-        this.refs.limiter,
-        (replyTo) => ({ kind: "limiter.describe", replyTo }),
-      ).reservations,
+      reservations: limiter.reservations,
       flights: sum(shards.map((shard) => shard.flights)),
       participants: sum(shards.map((shard) => shard.participants)),
       queued: sum(router.pools.flatMap((pool) => pool.queued.map((band) => band.waiting))),
@@ -403,32 +400,31 @@ export class World {
     };
   }
 
-  router(): RouterDescription {
+  router(): Promise<RouterDescription> {
     return this.ask<RouterMessage, RouterDescription>(this.refs.router, (replyTo) => ({
       kind: "router.describe",
       replyTo,
     }));
   }
 
-  node(node: NodeId): NodeDescription {
+  node(node: NodeId): Promise<NodeDescription> {
     return this.ask<GpuNodeMessage, NodeDescription>(this.refs.node(node), (replyTo) => ({
       kind: "gpu_node.describe",
       replyTo,
     }));
   }
 
-  /** Asks and runs until the answer is there: everything here is synchronous. */
-  ask<M, R>(to: ActorRef<M>, message: (replyTo: ReplyTo<R>) => M): R {
-    let found: { value: R } | undefined;
-    this.system.askThen<M, R>(to, 1000, message, (outcome) => {
-      if (outcome.ok) found = { value: outcome.value };
-    });
-    for (let i = 0; i < 100_000 && found === undefined; i++) this.scheduler.step();
-    if (found === undefined) throw new Error(`${to.path} did not answer`);
-    return found.value;
+  /** For questions that are answered without time passing. */
+  async ask<M, R>(to: ActorRef<M>, message: (replyTo: ReplyTo<R>) => M): Promise<R> {
+    const asked = this.system.ask<M, R>(to, 1000, message);
+    this.scheduler.runReady();
+    const outcome = await asked;
+    if (!outcome.ok) throw new Error(`${to.path} did not answer: ${outcome.failure}`);
+    return outcome.value;
   }
 }
 
+/** What the books say when nothing was lost. */
 export const balanced: Books = {
   open: 0,
   leases: 0,

@@ -59,7 +59,10 @@ export class Admin {
       case "GET nodes":
         return { status: 200, body: { nodes: (await this.#gateway.state()).nodes } };
       case "POST nodes":
-        return { status: 201, body: { added: this.#gateway.addNode(JSON.parse(body.toString("utf8"))) } };
+        return {
+          status: 201,
+          body: { added: this.#gateway.addNode(JSON.parse(body.toString("utf8"))) },
+        };
       case "GET state":
         return { status: 200, body: await this.#gateway.state() };
       case "DELETE cache": {
@@ -74,7 +77,10 @@ export class Admin {
       case "DELETE nodes/…":
       case "POST nodes/…/drain":
       case "POST nodes/…/undrain":
-        return this.#node(name ?? "", method === "DELETE" ? "remove" : (verb as "drain" | "undrain"));
+        return this.#node(
+          name ?? "",
+          method === "DELETE" ? "remove" : (verb as "drain" | "undrain"),
+        );
       default:
         return refusal("not_found", "there is no such admin route");
     }

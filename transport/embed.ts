@@ -19,9 +19,9 @@ import type { StateSnapshot } from "./metrics.ts";
 import type { OptionsInput } from "./options.ts";
 import type { Explanation } from "./records.ts";
 
+export type { StateSnapshot } from "./metrics.ts";
 export type { OptionsInput } from "./options.ts";
 export type { Explanation } from "./records.ts";
-export type { StateSnapshot } from "./metrics.ts";
 
 /** A chat request as OpenAI's API takes it; fields that are not named here are passed on. */
 export type ChatRequest = {
@@ -121,7 +121,9 @@ async function chatWith(
     body: JSON.stringify({ ...request, stream: false }),
     ...(options.signal === undefined ? {} : { signal: options.signal }),
   });
-  const body = (await response.json()) as ChatAnswer & { error?: { code?: string; message?: string } };
+  const body = (await response.json()) as ChatAnswer & {
+    error?: { code?: string; message?: string };
+  };
   if (response.ok) return body;
   const retryAfter = response.headers.get("retry-after-ms");
   throw new HeadraceError(

@@ -6,11 +6,12 @@
  * carrier calls `submit`, `drained` and `left` from outside. An exchange is waiting → answering → done; a
  * client that leaves is reported once, in either of the first two.
  */
-import type { Actor, ActorRef } from "../runtime/actor.ts";
+
 import type { AnswerFacts, FrontCommand } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
 import type { LimitState, RequestFacts, RequestId, StoredAnswer } from "../actors/protocol.ts";
 import type { RequestMessage } from "../actors/request.ts";
+import type { Actor, ActorRef } from "../runtime/actor.ts";
 import type { Answer, AnswerEnd, AnswerReader, DataPlane } from "./data-plane.ts";
 import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
 import type { Tenant } from "./keys.ts";
@@ -172,7 +173,9 @@ export class Front implements Actor<FrontCommand> {
       return { requestId, drained() {}, left() {} };
     }
     if (route !== "other" && incoming.method !== "POST") {
-      return refuse(bad("method_not_allowed", `${incoming.path} accepts POST, not ${incoming.method}`));
+      return refuse(
+        bad("method_not_allowed", `${incoming.path} accepts POST, not ${incoming.method}`),
+      );
     }
     const request = readRequest(route, incoming.body, this.#options.requests);
     if ("code" in request) return refuse(request);
@@ -290,13 +293,21 @@ export class Front implements Actor<FrontCommand> {
     const body = Buffer.from(JSON.stringify({ object: "list", data }));
     sink.whole(
       200,
-      ["content-type", "application/json", "content-length", `${body.length}`, "x-request-id", requestId],
+      [
+        "content-type",
+        "application/json",
+        "content-length",
+        `${body.length}`,
+        "x-request-id",
+        requestId,
+      ],
       body,
     );
   }
 
   #requestId(wished: string | undefined): RequestId {
-    if (wished !== undefined && requestIdPattern.test(wished) && !this.#open.has(wished)) return wished;
+    if (wished !== undefined && requestIdPattern.test(wished) && !this.#open.has(wished))
+      return wished;
     return `${this.#deps.idPrefix}-${(this.#sequence++).toString(36)}`;
   }
 
@@ -348,7 +359,8 @@ export class Front implements Actor<FrontCommand> {
     const open = this.#open.get(requestId);
     if (open === undefined || open.state !== "waiting") return;
     open.state = "answering";
-    if (!open.request.stream) return this.#sendWhole(open, 200, "application/json", answer.body, facts);
+    if (!open.request.stream)
+      return this.#sendWhole(open, 200, "application/json", answer.body, facts);
     this.#sendAsStream(open, answer.body, facts);
   }
 
@@ -408,16 +420,19 @@ export class Front implements Actor<FrontCommand> {
     const facts = open.facts ?? { cache: "bypass", attempts: 0, queuedMs: 0 };
     if (!end.ok) return this.#fail(open, end.code, undefined, undefined, facts);
     const parts = answer.parts;
-    if (parts === null) return this.#fail(open, "internal", "the answer was too long to be gathered");
+    if (parts === null)
+      return this.#fail(open, "internal", "the answer was too long to be gathered");
     if (answer.form === "whole") {
       const body = parts[0]?.bytes ?? new Uint8Array(0);
-      if (open.request.stream && answer.head.status === 200) return this.#sendAsStream(open, body, facts);
+      if (open.request.stream && answer.head.status === 200)
+        return this.#sendAsStream(open, body, facts);
       return this.#sendWhole(open, answer.head.status, answer.head.contentType, body, facts);
     }
     let body = this.#gathered.get(answer);
     if (body === undefined) {
       const whole = assembleAnswer(open.request.route, parts);
-      if (whole.body === undefined) return this.#fail(open, "upstream_bad_answer", undefined, undefined, facts);
+      if (whole.body === undefined)
+        return this.#fail(open, "upstream_bad_answer", undefined, undefined, facts);
       body = whole.body;
       this.#gathered.set(answer, body);
     }
@@ -505,13 +520,15 @@ function writeError(
   const text = message === undefined || message === "" ? undefined : message;
   const body = Buffer.from(JSON.stringify(errorBody(code, text, param)));
   headers.push("content-type", "application/json", "content-length", String(body.length));
-  for (const [name, value] of Object.entries(errorHeaders(code, retryAfterMs))) headers.push(name, value);
+  for (const [name, value] of Object.entries(errorHeaders(code, retryAfterMs)))
+    headers.push(name, value);
   sink.whole(httpErrors[code].status, headers, body);
 }
 
 function keyOf(incoming: Incoming): string | undefined {
   const authorization = incoming.header("authorization");
-  if (authorization !== undefined && /^bearer /i.test(authorization)) return authorization.slice(7).trim();
+  if (authorization !== undefined && /^bearer /i.test(authorization))
+    return authorization.slice(7).trim();
   return authorization ?? incoming.header("api-key") ?? incoming.header("x-api-key");
 }
 
@@ -525,7 +542,8 @@ function headerMs(incoming: Incoming, name: string): number | undefined | string
 }
 
 function cacheHeader(facts: AnswerFacts): string {
-  if (facts.similarity !== undefined) return `hit-semantic; similarity=${facts.similarity.toFixed(4)}`;
+  if (facts.similarity !== undefined)
+    return `hit-semantic; similarity=${facts.similarity.toFixed(4)}`;
   return facts.cache.replace("_", "-");
 }
 

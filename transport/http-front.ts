@@ -98,7 +98,9 @@ export class HttpFront {
     request.resume();
     if (path === "/health") return sendJson(response, 200, { status: "ok" });
     if (path === "/ready") {
-      void this.#deps.ready().then((answer) => sendJson(response, answer.ready ? 200 : 503, answer));
+      void this.#deps
+        .ready()
+        .then((answer) => sendJson(response, answer.ready ? 200 : 503, answer));
       return;
     }
     const { metrics } = this.#deps;
@@ -237,7 +239,10 @@ function onClientError(error: NodeJS.ErrnoException, socket: Socket): void {
         ? "body_timeout"
         : "invalid_request";
   const body = JSON.stringify(
-    errorBody(code, code === "invalid_request" ? "this is not a well-formed HTTP request" : undefined),
+    errorBody(
+      code,
+      code === "invalid_request" ? "this is not a well-formed HTTP request" : undefined,
+    ),
   );
   const { status } = httpErrors[code];
   socket.end(

@@ -4,11 +4,6 @@
  * out what the operator wants (nodes, purge, reload, drain).
  */
 import { randomBytes } from "node:crypto";
-import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
-import { SystemClock } from "../runtime/clock.ts";
-import { NactScheduler } from "../runtime/nact-scheduler.ts";
-import { Random } from "../runtime/random.ts";
-import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
 import { GatewayRefs, gatewayTree, NODES_PATH, nodeSpec } from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
@@ -16,6 +11,11 @@ import type { NodeId } from "../actors/protocol.ts";
 import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
 import type { RouterDescription, RouterMessage } from "../actors/router.ts";
+import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
+import { SystemClock } from "../runtime/clock.ts";
+import { NactScheduler } from "../runtime/nact-scheduler.ts";
+import { Random } from "../runtime/random.ts";
+import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
 import { Front } from "./front.ts";
@@ -57,11 +57,17 @@ export class Gateway {
    * Builds and starts everything; no port is opened.
    * @param onFatal called when the actor system gives up: the process should end with a failure.
    */
-  static async start(options: Options, log: Log, onFatal: (error: unknown) => void): Promise<Gateway> {
+  static async start(
+    options: Options,
+    log: Log,
+    onFatal: (error: unknown) => void,
+  ): Promise<Gateway> {
     const { redis } = options.cache;
     // Loaded only when used: a gateway without Redis does not pay for the client.
     const store =
-      redis === undefined ? undefined : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
+      redis === undefined
+        ? undefined
+        : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
     return new Gateway(options, log, store, onFatal);
   }
 
@@ -180,7 +186,10 @@ export class Gateway {
 
   #startNode(node: NodeOptions): void {
     this.#register(node);
-    const ref = this.#system.spawn(NODES_PATH, nodeSpec(nodeSettings(node, this.#options), this.#refs));
+    const ref = this.#system.spawn(
+      NODES_PATH,
+      nodeSpec(nodeSettings(node, this.#options), this.#refs),
+    );
     this.#system.tell(ref, { kind: "gpu_node.subscribe", router: this.#refs.router });
   }
 
@@ -277,7 +286,9 @@ export class Gateway {
     if (this.front.draining) return { ready: false, reason: "draining" };
     const nodes = (await this.state()).nodes.map(({ snapshot }) => snapshot);
     if (nodes.length === 0) return { ready: false, reason: "no node is configured" };
-    const usable = nodes.filter((node) => node.circuit !== "open" && node.healthy && !node.draining);
+    const usable = nodes.filter(
+      (node) => node.circuit !== "open" && node.healthy && !node.draining,
+    );
     if (usable.length === 0) return { ready: false, reason: "no node is healthy" };
     return { ready: true, reason: `${usable.length} of ${nodes.length} nodes are usable` };
   }
@@ -360,7 +371,8 @@ export class Gateway {
     }
     this.#metrics.onEvent(event.kind);
     if (event.kind === "runtime.dead_letter") return this.#log.debug(fieldsOf(event), event.kind);
-    if (event.kind.startsWith("runtime.")) return this.#log.error({ from, ...fieldsOf(event) }, event.kind);
+    if (event.kind.startsWith("runtime."))
+      return this.#log.error({ from, ...fieldsOf(event) }, event.kind);
     this.#log.info({ from, ...fieldsOf(event) }, event.kind);
   }
 }

@@ -24,7 +24,9 @@ export type StateSnapshot = {
 };
 
 const latencySeconds = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300];
-const perTokenSeconds = [0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.5, 1];
+const perTokenSeconds = [
+  0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.5, 1,
+];
 const circuitStates = ["closed", "open", "half_open"] as const;
 
 export class Metrics {
@@ -44,7 +46,10 @@ export class Metrics {
     "outcome",
   ]);
   readonly #retries = this.#counter("retries_total", "Attempts after the first.", ["model"]);
-  readonly #tokens = this.#counter("tokens_total", "Tokens by tenant and kind.", ["tenant", "kind"]);
+  readonly #tokens = this.#counter("tokens_total", "Tokens by tenant and kind.", [
+    "tenant",
+    "kind",
+  ]);
   readonly #e2e = this.#histogram("request_duration_seconds", "Arrival to end.", latencySeconds, [
     "route",
     "cache",
@@ -67,8 +72,13 @@ export class Metrics {
     latencySeconds,
     ["priority"],
   );
-  readonly #circuit = this.#counter("circuit_changes_total", "Circuit transitions.", ["node", "to"]);
-  readonly #events = this.#counter("events_total", "Rare events inside the actors, by kind.", ["kind"]);
+  readonly #circuit = this.#counter("circuit_changes_total", "Circuit transitions.", [
+    "node",
+    "to",
+  ]);
+  readonly #events = this.#counter("events_total", "Rare events inside the actors, by kind.", [
+    "kind",
+  ]);
 
   constructor() {
     collectDefaultMetrics({ register: this.#registry });
@@ -83,7 +93,8 @@ export class Metrics {
     if (record.attempts.length === 0) return;
     for (const { node, outcome } of record.attempts) this.#attempts.inc({ node, outcome });
     if (record.attempts.length > 1) this.#retries.inc({ model }, record.attempts.length - 1);
-    if (record.queuedMs > 0) this.#queue.observe({ priority: facts.priority }, record.queuedMs / 1000);
+    if (record.queuedMs > 0)
+      this.#queue.observe({ priority: facts.priority }, record.queuedMs / 1000);
     if (record.ttftMs !== undefined) this.#ttft.observe({ model }, record.ttftMs / 1000);
     const { usage } = record;
     if (usage === undefined) return;
@@ -150,7 +161,8 @@ function exposeNodes(nodes: readonly NodeDescription[], gauge: MakeGauge): void 
     const labels = { node: snapshot.node };
     inflight.set(labels, snapshot.inflight);
     inflightMax.set(labels, snapshot.inflightMax);
-    for (const state of circuitStates) circuit.set({ ...labels, state }, snapshot.circuit === state ? 1 : 0);
+    for (const state of circuitStates)
+      circuit.set({ ...labels, state }, snapshot.circuit === state ? 1 : 0);
     ramp.set(labels, snapshot.ramp);
     healthy.set(labels, snapshot.healthy ? 1 : 0);
     draining.set(labels, snapshot.draining ? 1 : 0);
@@ -198,7 +210,9 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
       if (typeof value === "boolean") figures.set({ figure }, value ? 1 : 0);
     }
   }
-  const letters = gauge("dead_letters", "Messages that reached nobody, since the start.", ["reason"]);
+  const letters = gauge("dead_letters", "Messages that reached nobody, since the start.", [
+    "reason",
+  ]);
   for (const { reason, count } of system.deadLetters) letters.inc({ reason }, count);
   gauge("actors", "Actors alive.").set(system.cells.length);
   gauge("actor_restarts", "Actor restarts since the start.").set(system.restarts);

@@ -64,7 +64,10 @@ export function readRequest(
     return { code: "invalid_json", message: jsonMessage(bytes, error) };
   }
   if (!isObject(body)) {
-    return { code: "invalid_request", message: `the body must be a JSON object, not ${kindOf(body)}` };
+    return {
+      code: "invalid_request",
+      message: `the body must be a JSON object, not ${kindOf(body)}`,
+    };
   }
   const checker = new Checker(body, limits);
   if (route === "chat") checker.chat();
@@ -129,7 +132,8 @@ class Checker {
     this.#integer("top_logprobs", 0, 1000);
     this.#array("tools");
     this.#object("response_format");
-    if (this.#body.modalities !== undefined && this.bypass === undefined) this.bypass = "not text only";
+    if (this.#body.modalities !== undefined && this.bypass === undefined)
+      this.bypass = "not text only";
   }
 
   completions(): void {
@@ -153,7 +157,10 @@ class Checker {
   #model(): void {
     const { model } = this.#body;
     if (typeof model !== "string" || model === "" || model.length > 512) {
-      this.#fail("model", `must be the name of a model (1 to 512 characters), not ${kindOf(model)}`);
+      this.#fail(
+        "model",
+        `must be the name of a model (1 to 512 characters), not ${kindOf(model)}`,
+      );
     }
   }
 
@@ -169,14 +176,18 @@ class Checker {
         `holds ${messages.length} messages; at most ${this.#limits.messagesMax} are accepted`,
       );
     }
-    for (let i = 0; i < messages.length && this.bad === undefined; i++) this.#message(messages[i], i);
+    for (let i = 0; i < messages.length && this.bad === undefined; i++)
+      this.#message(messages[i], i);
   }
 
   #message(message: unknown, index: number): void {
     const at = `messages[${index}]`;
     if (!isObject(message)) return this.#fail(at, `must be an object, not ${kindOf(message)}`);
     if (typeof message.role !== "string" || message.role === "") {
-      return this.#fail(`${at}.role`, `must be a string such as "user", not ${kindOf(message.role)}`);
+      return this.#fail(
+        `${at}.role`,
+        `must be a string such as "user", not ${kindOf(message.role)}`,
+      );
     }
     const { content } = message;
     if (typeof content === "string") {
@@ -286,7 +297,10 @@ class Checker {
     const value = this.#body[field];
     if (value === undefined || value === null) return;
     if (typeof value === "string" && accepted.includes(value)) return;
-    this.#fail(field, `must be one of ${accepted.map((a) => `"${a}"`).join(", ")}, not ${shown(value)}`);
+    this.#fail(
+      field,
+      `must be one of ${accepted.map((a) => `"${a}"`).join(", ")}, not ${shown(value)}`,
+    );
   }
 }
 
@@ -325,10 +339,7 @@ const BLOCK_CHARS = 1024;
 const BLOCKS_MAX = 256;
 
 /** 32-bit hash of model and prompt head (or of a session id): requests that share it share a KV prefix. */
-export function affinityKeyOf(
-  request: ReadRequest,
-  session: string | undefined,
-): number {
+export function affinityKeyOf(request: ReadRequest, session: string | undefined): number {
   let h = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
   if (session !== undefined) return fnv(fnv(h, "session", 7), session, NAME_CHARS) >>> 0;
   let left = PREFIX_CHARS;

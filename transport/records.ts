@@ -63,7 +63,9 @@ export function explain(record: RequestRecord): Explanation {
   }
   if (record.usage !== undefined) {
     const { promptTokens, cachedTokens, outputTokens } = record.usage;
-    steps.push(`used: ${promptTokens} prompt tokens (${cachedTokens} cached), ${outputTokens} output tokens`);
+    steps.push(
+      `used: ${promptTokens} prompt tokens (${cachedTokens} cached), ${outputTokens} output tokens`,
+    );
   }
   if (record.stored === true) steps.push("stored: yes");
   else if (record.notStored !== undefined) steps.push(`stored: no, ${record.notStored}`);

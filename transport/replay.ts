@@ -238,7 +238,8 @@ class Replay {
       const code = "code" in error ? String(error.code) : "";
       if (isSettled) return;
       // The server closed an idle connection while we wrote to it: no answer was begun, so ask again, once.
-      const isStale = request.reusedSocket && answer === null && code === "ECONNRESET";
+      const isReset = code === "ECONNRESET" || code === "EPIPE";
+      const isStale = request.reusedSocket && answer === null && isReset;
       if (isStale && !isResend && !this.#isBrokenOff()) {
         isSettled = true;
         clearTimeout(timer);

@@ -2,13 +2,13 @@
  * A gateway with a port: listens, warms up, reloads, drains. Signals are the command's affair (bin/serve.ts).
  */
 import { Admin } from "./admin.ts";
-import { loadConfig, type ConfigSources } from "./config.ts";
+import { type ConfigSources, loadConfig } from "./config.ts";
 import { HttpFront } from "./http-front.ts";
 import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
 import { Gateway } from "./main.ts";
 import type { Options } from "./options.ts";
-import { warmUp, type WarmupReport } from "./warmup.ts";
+import { type WarmupReport, warmUp } from "./warmup.ts";
 
 export class Server {
   readonly gateway: Gateway;
@@ -28,7 +28,11 @@ export class Server {
    * @throws when the port cannot be had (nothing is left running then).
    * @param onFatal the actor system gave up: the process should end with a failure.
    */
-  static async start(options: Options, log: Log, onFatal: (error: unknown) => void): Promise<Server> {
+  static async start(
+    options: Options,
+    log: Log,
+    onFatal: (error: unknown) => void,
+  ): Promise<Server> {
     const gateway = await Gateway.start(options, log, onFatal);
     const { listen, metrics, requests, timeouts } = options;
     const http = new HttpFront(
@@ -63,7 +67,8 @@ export class Server {
     const { file, inflightMax, model, tenant } = options.warmup;
     if (file === undefined) return undefined;
     const who = new KeyTable(options).ofTenant(tenant ?? "local");
-    if (who === undefined) throw new Error(`warmup.tenant: no key belongs to ${JSON.stringify(tenant)}`);
+    if (who === undefined)
+      throw new Error(`warmup.tenant: no key belongs to ${JSON.stringify(tenant)}`);
     const served = model ?? (await this.gateway.firstModel(this.#warmup.signal));
     if (served === undefined) return undefined;
     return warmUp(this.gateway.front, {
@@ -82,7 +87,10 @@ export class Server {
       const { options } = await loadConfig(sources);
       const plan = this.gateway.reload(options);
       if (plan.refuse.length > 0) {
-        this.#log.error({ needRestart: plan.refuse }, "reload refused: these options need a restart");
+        this.#log.error(
+          { needRestart: plan.refuse },
+          "reload refused: these options need a restart",
+        );
         return false;
       }
       this.#log.info({ changed: plan.apply }, "configuration reloaded");

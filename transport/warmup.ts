@@ -81,7 +81,9 @@ function bodyOf(prompt: string, model: string): Buffer | null {
   }
   try {
     const request = JSON.parse(prompt) as Record<string, unknown>;
-    return Buffer.from(JSON.stringify({ model, ...request, stream: false, stream_options: undefined }));
+    return Buffer.from(
+      JSON.stringify({ model, ...request, stream: false, stream_options: undefined }),
+    );
   } catch {
     return null;
   }
