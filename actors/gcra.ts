@@ -53,6 +53,11 @@ export class Gcra {
     this.#burstNs = this.spanNs(this.#burst);
   }
 
+  /** The largest cost that ever passes. */
+  get burst(): number {
+    return this.#burst;
+  }
+
   /** Time in which `cost` units (whole, ≥ 0) are allowed again: what `reserve` charges, rounded up; in ns. */
   spanNs(cost: number): number {
     const wholeNs = cost * this.#wholeNs;

@@ -9,8 +9,8 @@
  * failures. Amplification is then bounded by the attempts of a request (1 + retries), not by this budget: at
  * 1 request/s every one may be retried twice. 20 requests in 10 s are no storm.
  *
- * Counted in buckets of 1 s, on the safe side: requests of the present bucket and the 9 before it, retries of the
- * present one and the 10 before it, so that no window of 10 s exceeds the bound.
+ * Counted in buckets of 250 ms, on the safe side: requests of the present bucket and the 39 before it, retries of
+ * the present one and the 40 before it, so that no window of 10 s exceeds the bound.
  */
 
 export type RetryBudgetOptions = {
@@ -21,8 +21,9 @@ export type RetryBudgetOptions = {
 };
 
 const WINDOW_SECONDS = 10;
-const BUCKETS = WINDOW_SECONDS + 1;
-const BUCKET_MS = 1000;
+const BUCKET_MS = 250;
+const WINDOW_BUCKETS = 40;
+const BUCKETS = WINDOW_BUCKETS + 1;
 /** 0.1 · 1000 + 20 − 119 must make 1. */
 const ROUNDING = 1e-9;
 
@@ -34,14 +35,14 @@ export class RetryBudget {
   #requestsSum = 0;
   #retriesSum = 0;
   /** Number of the present bucket, from time 0. */
-  #second: number;
+  #bucket: number;
   #deposited = 0;
   #withdrawn = 0;
   #refused = 0;
 
   constructor(options: RetryBudgetOptions, nowMs: number) {
     this.#options = options;
-    this.#second = Math.floor(nowMs / BUCKET_MS);
+    this.#bucket = Math.floor(nowMs / BUCKET_MS);
   }
 
   configure(options: RetryBudgetOptions): void {
@@ -72,12 +73,12 @@ export class RetryBudget {
   /** Until the oldest retries leave the window; the whole window where none will. */
   retryAfterMs(nowMs: number): number {
     this.#advance(nowMs);
-    for (let age = WINDOW_SECONDS; age >= 0; age--) {
-      const second = this.#second - age;
-      if (second >= 0 && (this.#retries[second % BUCKETS] ?? 0) > 0)
-        return (second + BUCKETS) * BUCKET_MS - nowMs;
+    for (let age = WINDOW_BUCKETS; age >= 0; age--) {
+      const bucket = this.#bucket - age;
+      if (bucket >= 0 && (this.#retries[bucket % BUCKETS] ?? 0) > 0)
+        return (bucket + BUCKETS) * BUCKET_MS - nowMs;
     }
-    return WINDOW_SECONDS * BUCKET_MS;
+    return WINDOW_BUCKETS * BUCKET_MS;
   }
 
   /** `balance`: retries that may be made now, ≥ 0; the others count since the start. */
@@ -105,24 +106,24 @@ export class RetryBudget {
 
   /** Moves to the bucket of `nowMs` and returns its slot; time that runs backwards counts as now. */
   #advance(nowMs: number): number {
-    const second = Math.floor(nowMs / BUCKET_MS);
-    if (second - this.#second >= BUCKETS) {
+    const bucket = Math.floor(nowMs / BUCKET_MS);
+    if (bucket - this.#bucket >= BUCKETS) {
       this.#requests.fill(0);
       this.#retries.fill(0);
       this.#requestsSum = 0;
       this.#retriesSum = 0;
-      this.#second = second;
+      this.#bucket = bucket;
     }
-    while (this.#second < second) {
-      this.#second++;
-      // The requests of 10 buckets ago leave the window; retries stay one bucket longer.
-      const left = (this.#second - WINDOW_SECONDS + BUCKETS) % BUCKETS;
+    while (this.#bucket < bucket) {
+      this.#bucket++;
+      // The requests of 40 buckets ago leave the window; retries stay one bucket longer.
+      const left = (this.#bucket - WINDOW_BUCKETS + BUCKETS) % BUCKETS;
       this.#requestsSum -= this.#requests[left] ?? 0;
       this.#requests[left] = 0;
-      const slot = this.#second % BUCKETS;
+      const slot = this.#bucket % BUCKETS;
       this.#retriesSum -= this.#retries[slot] ?? 0;
       this.#retries[slot] = 0;
     }
-    return this.#second % BUCKETS;
+    return this.#bucket % BUCKETS;
   }
 }

@@ -59,6 +59,10 @@ export function replayCommand(): Command {
     )
     .option("--no-stream", "ask for whole answers instead of streams")
     .option("--json <file>", "write the report there as well");
+  // Commander ends with 1 for a flag that is missing or unknown: bad input, too.
+  command.exitOverride(({ code, exitCode }) => {
+    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
+  });
   return command.action((flags: Flags) => run(flags, command));
 }
 
@@ -104,7 +108,8 @@ async function run(flags: Flags, command: Command): Promise<void> {
       command.error(`headrace replay: ${error.message}`, { exitCode: 2 });
     }
     if (error instanceof ReplayError) {
-      command.error(`headrace replay: ${error.message}`, { exitCode: error.isInput ? 2 : 1 });
+      const exitCode = error.isInput ? 2 : 1;
+      command.error(`headrace replay: ${error.message}`, { exitCode, code: "headrace.replay" });
     }
     throw error;
   } finally {

@@ -147,14 +147,15 @@ describe("standing delay", () => {
   it("turns a tenant's interactive entries newest first, and back when it is over", () => {
     const queue = new FairQueue<QueueEntry>(options);
     let served: string[] = [];
-    // One in and one out every 100 ms behind a backlog of 20: each has waited 2 s.
-    for (let i = 0; i < 20; i++) offerAt(queue, `x${i}`, i * 100);
-    for (let i = 20; i < 60; i++) {
-      offerAt(queue, `x${i}`, i * 100);
-      served.push(queue.take(i * 100)?.id ?? "");
+    // One in and one out every 100 ms behind a backlog of 20: each waits 2 s.
+    for (let i = 0; i < 20; i++) offerAt(queue, `x${i}`, i);
+    for (let i = 20; i < 80; i++) {
+      const atMs = (i - 19) * 100;
+      offerAt(queue, `x${i}`, atMs);
+      served.push(queue.take(atMs)?.id ?? "");
     }
     expect(served.slice(0, 3)).toEqual(["x0", "x1", "x2"]);
-    expect(served[served.length - 1]).toBe("x59"); // Newest first by now.
+    expect(served[served.length - 1]).toBe("x79"); // Newest first by now.
     served = takeAll(queue, 6000);
     expect(served).toHaveLength(20);
     offerAt(queue, "y0", 6100);
@@ -357,16 +358,16 @@ function takeAll(queue: FairQueue<QueueEntry>, nowMs: number): string[] {
   return takeSome(queue, nowMs, Number.POSITIVE_INFINITY);
 }
 
-/** An empty queue that was seen to empty at that rate, for up to 10 s; the time is then 10,000 ms. */
+/** An empty queue that was seen to empty at that rate for just under 10 s. */
 function ratedQueue(perSecond: number): FairQueue<QueueEntry> {
   const queue = new FairQueue<QueueEntry>(options);
   offer(queue, ["first", { tenant: "setup" }]);
-  const total = perSecond * 10;
-  for (let i = 1; i <= total; i++) {
+  const last = perSecond * 10 - 1;
+  for (let i = 1; i <= last; i++) {
     const atMs = (i * 1000) / perSecond;
     queue.offer(entry(`setup${i}`, { tenant: "setup" }), atMs);
     queue.take(atMs);
   }
-  takeAll(queue, 10_000);
+  queue.remove(`setup${last}`, (last * 1000) / perSecond);
   return queue;
 }

@@ -214,10 +214,9 @@ describe("node server: answers", () => {
       "length",
     ]);
     expect(await finishOf(ask("a", { headrace_output_tokens: 333 }))).toEqual([333, "stop"]);
-    const header = { "x-headrace-output-tokens": "5" };
-    expect(await finishOf(ask("a"), header)).toEqual([5, "stop"]);
-    expect(await finishOf(ask("a", { max_tokens: 2 }), header)).toEqual([2, "length"]);
-    expect(await finishOf(ask("a", { max_tokens: 5 }), header)).toEqual([5, "stop"]);
+    const five = { headrace_output_tokens: 5 };
+    expect(await finishOf(ask("a", { ...five, max_tokens: 2 }))).toEqual([2, "length"]);
+    expect(await finishOf(ask("a", { ...five, max_tokens: 5 }))).toEqual([5, "stop"]);
   });
 
   it("the text follows system prompt, history, tools, seed and model, and nothing else", async () => {

@@ -14,7 +14,7 @@ describe("retry budget", () => {
         const load = requests.filter(within).length;
         expect((load + retries.filter(within).length) / load).toBeLessThanOrEqual(1.12);
       }
-      expect(retries.length).toBeGreaterThan(0.1 * requests.length); // It does grant what it may.
+      expect(retries.length).toBeGreaterThan(0.095 * requests.length); // It does grant what it may.
     });
   }
 
@@ -35,7 +35,7 @@ describe("retry budget", () => {
     const againMs = 5000 + budget.retryAfterMs(5000);
     expect(budget.tryWithdraw(againMs - 1)).toBe(false);
     expect(budget.tryWithdraw(againMs)).toBe(true);
-    expect(againMs).toBeLessThanOrEqual(16_000);
+    expect(againMs).toBeLessThanOrEqual(15_250);
   });
 
   it("never exceeds ratio · requests + floor in any 10 s (any sequence of events)", () => {

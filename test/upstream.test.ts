@@ -906,11 +906,53 @@ describe("upstream: backpressure", () => {
 
   it("survives a reset while nobody reads, on a connection that will not be kept", async () => {
     const head = sseHead.replace("\r\n\r\n", "\r\nconnection: close\r\n\r\n");
-    const rig = new Rig(await flood(head, 40, "reset"), { answerBytesMax: 64 << 20 });
+    const node = await startNode((socket) => void socket.write(head + piece(big).repeat(18)));
+    const rig = new Rig(node, { answerBytesMax: 64 << 20 });
     rig.start();
     await rig.event("upstream.first_token");
     rig.data.answers.get("r1")?.read(() => {});
+    await waitFor(() => (rig.read()?.bytes.length ?? 0) > 1 << 20);
+    await turns(); // It would be paused now, with little left to read, and so notice the reset at once.
+    for (const socket of node.sockets) socket.resetAndDestroy();
     expect(await rig.failure()).toMatchObject({ failure: "broken_stream", committed: true });
+  });
+
+  it("goes on with one stream from within another's turn", async () => {
+    const rig = new Rig(await flood(sseHead, 60, piece(stop + done) + lastChunk), {
+      answerBytesMax: 64 << 20,
+    });
+    const other = await startNode((socket) => {
+      socket.write(sseHead + piece(text("a")));
+      socket.on("error", () => {});
+      setTimeout(() => socket.write(piece(text("b") + stop + done) + lastChunk), 100);
+    });
+    rig.edge.addNode({ node: "b", url: other.url });
+    rig.start();
+    await rig.event("upstream.first_token");
+    const paused = rig.data.answers.get("r1")?.read(() => {});
+    await waitFor(() => (rig.read()?.bytes.length ?? 0) > 1 << 20);
+    rig.start({}, {}, "b");
+    await rig.until(() => rig.events.length === 2);
+    const readPaused = (): void => {
+      for (let next = paused?.next(); typeof next === "object" && "bytes" in next; )
+        next = paused?.next();
+    };
+    const reading = rig.data.answers.get("r2")?.read(readPaused);
+    await rig.until(() =>
+      rig.events.some((e) => e.kind === "upstream.finished" && e.leaseId === "r2#1"),
+    );
+    reading?.close();
+    while (rig.data.answers.get("r1")?.end === null) {
+      readPaused();
+      await turns();
+    }
+    await rig.until(() => rig.events.length === 4);
+    expect(rig.events.map((e) => e.kind).sort()).toEqual([
+      "upstream.finished",
+      "upstream.finished",
+      "upstream.first_token",
+      "upstream.first_token",
+    ]);
   });
 
   it("aborts a paused stream", async () => {

@@ -55,7 +55,7 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     return this.#running.size;
   }
 
-  receive(message: UpstreamCommand | ModelTimer, context: Context<ModelTimer>): void {
+  receive(message: UpstreamCommand | ModelTimer, context: Context<UpstreamCommand | ModelTimer>): void {
     switch (message.kind) {
       case "upstream.start":
         return this.#start(message, context);
@@ -80,7 +80,7 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     }
   }
 
-  #start(start: Start, context: Context<ModelTimer>): void {
+  #start(start: Start, context: Context<UpstreamCommand | ModelTimer>): void {
     this.#world.starts.push({ leaseId: start.leaseId, node: start.node, atMs: context.nowMs });
     this.#running.set(start.leaseId, { start, timers: [] });
     const behaviour = this.#world.behaviour(start.node);
@@ -112,7 +112,7 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
   #answer(
     start: Start,
     { ttftMs, tokens, itlMs }: Extract<Behaviour, { kind: "answers" }>,
-    context: Context<ModelTimer>,
+    context: Context<UpstreamCommand | ModelTimer>,
   ): void {
     const { leaseId } = start;
     if (ttftMs > start.firstTokenMs) {
@@ -144,14 +144,14 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     });
   }
 
-  #firstToken(leaseId: string, afterMs: number, context: Context<ModelTimer>): void {
+  #firstToken(leaseId: string, afterMs: number, context: Context<UpstreamCommand | ModelTimer>): void {
     this.#later(leaseId, afterMs, context, false, { kind: "upstream.first_token", leaseId });
   }
 
   #later(
     leaseId: string,
     afterMs: number,
-    context: Context<ModelTimer>,
+    context: Context<UpstreamCommand | ModelTimer>,
     last: boolean,
     event: UpstreamEvent,
   ): void {
@@ -161,7 +161,7 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     context.startTimer(key, afterMs, { kind: "model.due", leaseId, event, last });
   }
 
-  #end(leaseId: string, context: Context<ModelTimer>): void {
+  #end(leaseId: string, context: Context<UpstreamCommand | ModelTimer>): void {
     for (const key of this.#running.get(leaseId)?.timers ?? []) context.cancelTimer(key);
     this.#running.delete(leaseId);
   }
@@ -285,8 +285,8 @@ export class World {
     this.refs = new GatewayRefs((path) => this.system.ref(path), settings.cacheShards);
     const tree = gatewayTree(settings, this.refs, {
       front: () => this.front,
-      upstream: () => this.upstream as Actor<UpstreamCommand>,
-      scraper: () => new ModelScraper(this) as Actor<ScraperCommand>,
+      upstream: () => this.upstream,
+      scraper: () => new ModelScraper(this),
     });
     this.system.start(tree, {
       onEvent: (event) => this.#onEvent(event),

@@ -471,7 +471,7 @@ export class NodeServer {
         this.#arm(performance.now());
         return;
       }
-      const plan = this.#plan(text, route, request.headers["x-headrace-output-tokens"]);
+      const plan = this.#plan(text, route);
       if ("status" in plan) {
         this.#counts.refused++;
         sendRefusal(response, plan);
@@ -779,7 +779,7 @@ export class NodeServer {
 
   // ---- parsing ----------------------------------------------------------------------------------
 
-  #plan(text: string, route: Route, outputHeader: string | string[] | undefined): Plan | Refusal {
+  #plan(text: string, route: Route): Plan | Refusal {
     const body = parseJson(text);
     if (body === undefined) return { status: 400, message: "the body is not valid JSON" };
     if (!isRecord(body)) return { status: 400, message: "the body must be a JSON object" };
@@ -801,11 +801,9 @@ export class NodeServer {
     if (isGiven(limit) && !isPositive(limit)) {
       return invalid(limitName, "must be a whole number of at least 1");
     }
-    const wishName =
-      outputHeader === undefined ? "headrace_output_tokens" : "x-headrace-output-tokens";
-    const wish = outputHeader === undefined ? body.headrace_output_tokens : Number(outputHeader);
+    const wish = body.headrace_output_tokens;
     if (isGiven(wish) && !isPositive(wish)) {
-      return invalid(wishName, "must be a whole number of at least 1");
+      return invalid("headrace_output_tokens", "must be a whole number of at least 1");
     }
 
     const prompt = promptText(body);

@@ -39,7 +39,7 @@ export type ReplayReport = {
   refused: { "429": number; "503": number; "504": number };
   /** Not sent, because `inflightMax` were open. */
   refusedByClient: number;
-  /** By reason: `http_…`, `connect_refused`, `connection_reset`, `stream_cut`, `stream_error`, `timeout` … */
+  /** By reason: `http_` with status and the error's code, `connect_refused`, `connection_reset`, `stream_cut`, `stream_error`, `timeout` … */
   failed: Record<string, number>;
   /** Broken off by the signal. */
   unfinished: number;
@@ -91,6 +91,7 @@ export type AnswerHeaders = { cache: ReplayCacheKind; node?: string; attempts: n
 
 /** Nodes that are counted by name; further ones are counted as "(others)". */
 const NODES_MAX = 1000;
+const REASONS_MAX = 64;
 
 /** Counts and histograms of a run. */
 export class ReplayTally {
@@ -104,7 +105,7 @@ export class ReplayTally {
   lengthsGuessed = 0;
   modelsReplaced = 0;
   readonly refused = { "429": 0, "503": 0, "504": 0 };
-  /** Reasons are a fixed list and `http_` with a status: bounded by construction. */
+  /** At most `REASONS_MAX` reasons, since a server may make up error codes; further ones as "other". */
   readonly failed = new Map<string, number>();
   readonly lateness = new Histogram();
   readonly #cache = { hit_exact: 0, hit_semantic: 0, joined: 0, miss: 0, bypass: 0, unstated: 0 };
@@ -131,7 +132,7 @@ export class ReplayTally {
         this.refused[ending.status]++;
         return;
       case "failed":
-        this.failed.set(ending.reason, (this.failed.get(ending.reason) ?? 0) + 1);
+        this.#onFailed(ending.reason);
         return;
       case "unfinished":
         this.unfinished++;
@@ -139,6 +140,11 @@ export class ReplayTally {
       default:
         unreachable(ending);
     }
+  }
+
+  #onFailed(reason: string): void {
+    const name = this.failed.has(reason) || this.failed.size < REASONS_MAX ? reason : "other";
+    this.failed.set(name, (this.failed.get(name) ?? 0) + 1);
   }
 
   #onOk({ e2eMs, ttftMs, outputTokens, headers }: Extract<ReplayEnding, { kind: "ok" }>): void {

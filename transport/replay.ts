@@ -98,6 +98,8 @@ const IDLE_SOCKETS_MAX = 256;
 /** Bytes of a whole answer, and of one event of a stream. */
 const BODY_CHARS_MAX = 16_777_216;
 const EVENT_CHARS_MAX = 1_048_576;
+/** Of an error's body, to find its code. */
+const ERROR_CHARS_MAX = 65_536;
 /** Questions whose first request is remembered, so that repeats are equal; the oldest is forgotten first. */
 const QUESTIONS_MAX = 65_536;
 const PROGRESS_MS = 200;
@@ -276,6 +278,7 @@ class Replay {
         model: this.#model(request),
         messages: [{ role: "user", content: planned.prompt }],
         max_tokens: planned.outputTokens,
+        headrace_output_tokens: planned.outputTokens, // Stand-in nodes obey it, engines ignore it.
         stream,
         ...(stream && { stream_options: { include_usage: true } }),
       }),
@@ -284,7 +287,6 @@ class Replay {
       bytes,
       headers: {
         "content-type": "application/json",
-        "x-headrace-output-tokens": String(planned.outputTokens),
         ...(request.session !== undefined && { "x-session-id": request.session }),
       },
     };
@@ -412,11 +414,15 @@ function readAnswer(
   const status = response.statusCode ?? 0;
   response.on("error", () => settle({ kind: "failed", reason: "stream_cut" }));
   if (status !== 200) {
-    response.resume();
+    let text = "";
+    response.setEncoding("utf8");
+    response.on("data", (chunk: string) => {
+      if (text.length < ERROR_CHARS_MAX) text += chunk;
+    });
     response.on("end", () => {
       if (status === 429 || status === 503 || status === 504) {
         settle({ kind: "refused", status: String(status) as "429" | "503" | "504" });
-      } else settle({ kind: "failed", reason: `http_${status}` });
+      } else settle({ kind: "failed", reason: `http_${status}${errorCode(text)}` });
     });
     return;
   }
@@ -515,6 +521,13 @@ class EventReader {
     }
     return undefined;
   }
+}
+
+/** " code" of an OpenAI error body, else "": it tells a prompt too long from a wrong parameter. */
+function errorCode(text: string): string {
+  const error = parsed(text)?.error;
+  const code = isObject(error) ? error.code : undefined;
+  return typeof code === "string" && /^[\w.-]{1,64}$/.test(code) ? ` ${code}` : "";
 }
 
 function wholeAnswerTokens(text: string): number | undefined {
