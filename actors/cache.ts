@@ -67,7 +67,14 @@ export type CacheMessage =
       node: NodeId;
       attempts: number;
     }
-  | { kind: "cache.flight_ended"; key: string; flightId: RequestId; result: FlightResult }
+  /** `replyTo` is answered once every participant's news is on its way: nobody will join any more. */
+  | {
+      kind: "cache.flight_ended";
+      key: string;
+      flightId: RequestId;
+      result: FlightResult;
+      replyTo?: ReplyTo<FlightClosed>;
+    }
   /** All flights and memberships of that request actor are void; joiners of its flights are told `internal`. */
   | { kind: "cache.owner_restarted"; owner: string }
   /** Forgets the answers of a tenant, or all, here and in the store. `removed` counts both copies. */
@@ -91,6 +98,8 @@ export type FlightResult =
   /** `shared`: the failure is everyone's (the nodes'); otherwise it is the leader's own (its limit, its deadline),
    *  and the next participant leads. */
   | { kind: "failed"; code: ErrorCode; message?: string; retryAfterMs?: number; shared: boolean };
+
+export type FlightClosed = { kind: "closed" };
 
 /** What a participant hears of its flight, each at most once, in this order. */
 export type FlightNews =
@@ -241,6 +250,7 @@ type Purge = { tenant: string | undefined; removed: number; replyTo: ReplyTo<{ r
 type Lookup = Extract<CacheMessage, { kind: "cache.lookup" }>;
 type Failure = { code: ErrorCode; message?: string; retryAfterMs?: number };
 
+const CLOSED: FlightClosed = { kind: "closed" };
 const ALONE: LookupReply = { kind: "alone" };
 const INTERNAL: Failure = { code: "internal" };
 
@@ -290,7 +300,9 @@ export class CacheActor implements Actor<OwnMessage> {
       case "cache.flight_committed":
         return this.#onFlightCommitted(message, context);
       case "cache.flight_ended":
-        return this.#onFlightEnded(message, context);
+        this.#onFlightEnded(message, context);
+        if (message.replyTo !== undefined) context.reply(message.replyTo, CLOSED);
+        return;
       case "cache.owner_restarted":
         return this.#onOwnerRestarted(message.owner, context);
       case "cache.purge":

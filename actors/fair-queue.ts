@@ -143,7 +143,7 @@ export class FairQueue<E extends QueueEntry> {
     if (this.size >= this.sizeMax) return this.#refuse("pool_full");
     const tenant = this.#tenant(entry);
     if (tenant.waiting === 0) this.#lift(tenant);
-    this.#insert(entry, tenant, nowMs, nowMs);
+    this.#insert(entry, tenant, nowMs, nowMs, false);
     return "queued";
   }
 
@@ -186,7 +186,7 @@ export class FairQueue<E extends QueueEntry> {
     const tenant = this.#tenant(entry);
     this.#charge(tenant, -entry.cost);
     this.#rate.count(-1);
-    this.#insert(entry, tenant, queuedAtMs, nowMs);
+    this.#insert(entry, tenant, queuedAtMs, nowMs, true);
   }
 
   /** Undoes the charge of `pass` or `take`: the entry got no node, and waits no more. */
@@ -310,26 +310,31 @@ export class FairQueue<E extends QueueEntry> {
 
   // ---- the lists ----------------------------------------------------------------------------------------
 
-  #insert(entry: E, tenant: Tenant<E>, queuedAtMs: number, nowMs: number): void {
+  /** Behind those that arrived earlier; `isBack`: it was here before, so ahead of those that arrived with it. */
+  #insert(entry: E, tenant: Tenant<E>, queuedAtMs: number, nowMs: number, isBack: boolean): void {
     assert(!this.#byId.has(entry.id), "an entry waits once");
+    // Arrivals come nearly in order; only a retry walks, past those who came after its first attempt.
+    let previous = tenant.tail;
+    let next: Waiter<E> | undefined;
+    while (previous !== undefined) {
+      const aheadByMs = previous.entry.arrivedAtMs - entry.arrivedAtMs;
+      if (aheadByMs < 0 || (aheadByMs === 0 && !isBack)) break;
+      next = previous;
+      previous = previous.previous;
+    }
     const waiter: Waiter<E> = {
       entry,
       tenant,
       queuedAtMs,
       expiresAtMs: Math.min(entry.deadlineAtMs, queuedAtMs + this.#options.waitMsMax),
-      previous: tenant.tail,
-      next: undefined,
+      previous,
+      next,
       isWaiting: true,
     };
-    // Arrivals come nearly in order; only a retry walks, past those who came after its first attempt.
-    while (waiter.previous !== undefined && waiter.previous.entry.arrivedAtMs > entry.arrivedAtMs) {
-      waiter.next = waiter.previous;
-      waiter.previous = waiter.previous.previous;
-    }
-    if (waiter.previous === undefined) tenant.head = waiter;
-    else waiter.previous.next = waiter;
-    if (waiter.next === undefined) tenant.tail = waiter;
-    else waiter.next.previous = waiter;
+    if (previous === undefined) tenant.head = waiter;
+    else previous.next = waiter;
+    if (next === undefined) tenant.tail = waiter;
+    else next.previous = waiter;
     if (tenant.waiting === 0) {
       tenant.band.active.add(tenant);
       tenant.intervalEndAtMs = nowMs + DELAY_INTERVAL_MS;
@@ -366,7 +371,7 @@ export class FairQueue<E extends QueueEntry> {
 
   #expire(nowMs: number): void {
     for (let top = this.#expiries[0]; top !== undefined; top = this.#expiries[0]) {
-      if (top.isWaiting && top.expiresAtMs > nowMs) return;
+      if (top.expiresAtMs > nowMs) return;
       popExpiry(this.#expiries);
       if (!top.isWaiting) continue;
       this.#rate.note(nowMs, true);

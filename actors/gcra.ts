@@ -81,15 +81,16 @@ export class Gcra {
   /** Charges `cost` if it passes now. Returns what `waitMs` does: 0 = charged, otherwise nothing has changed. */
   reserve(cost: number, nowMs: number): number {
     const waitMs = this.waitMs(cost, nowMs);
-    if (waitMs === 0) {
-      this.#tatNs = Math.max(this.#sinceBaseNs(nowMs), this.#tatNs) + this.spanNs(cost);
-    }
-    return waitMs;
+    if (waitMs > 0) return waitMs;
+    const nowNs = this.#sinceBaseNs(nowMs);
+    this.#tatNs = Math.max(nowNs, this.#tatNs) + this.spanNs(cost);
+    return 0;
   }
 
   /**
-   * Replaces a reservation by what was used in the end (whole, ≥ 0). `reservedNs` is the `spanNs` of the cost
-   * at the time it was reserved, so that a limit changed meanwhile gives back just what was taken.
+   * Replaces a reservation by what was used in the end (whole, ≥ 0), as if that had been known when it was
+   * made: an overrun is first paid from what has flowed in since. `reservedNs` is the `spanNs` of the cost at
+   * the time it was reserved, so that a limit changed meanwhile gives back just what was taken.
    */
   settle(reservedNs: number, actual: number, nowMs: number): void {
     const nowNs = this.#sinceBaseNs(nowMs);
@@ -99,7 +100,8 @@ export class Gcra {
 
   /** Units that would pass at once, 0…burst. */
   remaining(nowMs: number): number {
-    const freeNs = this.#burstNs - Math.max(0, this.#tatNs - this.#sinceBaseNs(nowMs));
+    const nowNs = this.#sinceBaseNs(nowMs);
+    const freeNs = this.#burstNs - Math.max(0, this.#tatNs - nowNs);
     if (freeNs <= 0) return 0;
     let units = Math.min(this.#burst, Math.floor(freeNs / this.#nsPerUnit()));
     // The quotient is rounded; `spanNs` is exact, and what `waitMs` goes by.
@@ -110,17 +112,19 @@ export class Gcra {
 
   /** How long until the allowance is whole, in ms. */
   resetMs(nowMs: number): number {
-    return Math.max(0, this.#tatNs - this.#sinceBaseNs(nowMs)) / NS_PER_MS;
+    const nowNs = this.#sinceBaseNs(nowMs);
+    return Math.max(0, this.#tatNs - nowNs) / NS_PER_MS;
   }
 
   #nsPerUnit(): number {
     return this.#wholeNs + this.#restNs / this.#limit;
   }
 
+  /** May move the base, and TAT with it: to be called before TAT is read. */
   #sinceBaseNs(nowMs: number): number {
     if (nowMs - this.#baseMs > BASE_AGE_MS_MAX) {
       const baseMs = Math.floor(nowMs);
-      this.#tatNs = Math.max(0, this.#tatNs - (baseMs - this.#baseMs) * NS_PER_MS);
+      this.#tatNs -= (baseMs - this.#baseMs) * NS_PER_MS; // Far below 0 for one long idle: as good as now.
       this.#baseMs = baseMs;
     }
     return Math.round((nowMs - this.#baseMs) * NS_PER_MS);

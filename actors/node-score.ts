@@ -123,6 +123,11 @@ export class NodeView {
 
   // Of the snapshot, flattened for the scans. 0 in a figure that is never 0 when known = unknown.
   circuit: CircuitState = "closed";
+  probePermits = 0;
+  draining = false;
+  healthy = true;
+  inflightMax = 0;
+  ramp = 1;
   restUntilMs = 0;
   itlSeconds = 0;
   /** NaN without a scrape: compares false with everything, so that it neither gates nor is stale. */
@@ -175,10 +180,6 @@ export class NodeView {
     this.unreachableSinceMs = Math.min(this.unreachableSinceMs, nowMs);
   }
 
-  get ramp(): number {
-    return this.snapshot.ramp;
-  }
-
   #apply(snapshot: NodeSnapshot, nowMs: number): void {
     const { scrape } = snapshot;
     this.snapshot = snapshot;
@@ -188,6 +189,11 @@ export class NodeView {
     this.inflight = snapshot.inflight + this.pending;
     this.prefillTokens = snapshot.prefillTokens + this.#pendingTokens;
     this.circuit = snapshot.circuit;
+    this.probePermits = snapshot.probePermits;
+    this.draining = snapshot.draining;
+    this.healthy = snapshot.healthy;
+    this.inflightMax = snapshot.inflightMax;
+    this.ramp = snapshot.ramp;
     // Instants of the node's clock count from the making of the snapshot, which is "now" here.
     this.restUntilMs = nowMs + (snapshot.restUntilMs - snapshot.atMs);
     this.itlSeconds = snapshot.itlSeconds ?? 0;
@@ -222,15 +228,14 @@ export function exclusionOf(
   options: RankingOptions,
   loadGates: boolean,
 ): Exclusion | undefined {
-  const { snapshot } = view;
   if (wanted.tried.length > 0 && isTried(view, wanted)) return "tried";
-  if (snapshot.draining) return "draining";
+  if (view.draining) return "draining";
   if (view.circuit === "open") return "circuit_open";
   if (nowMs < view.unreachableUntilMs) return "unreachable";
-  if (view.circuit === "half_open" && snapshot.probePermits <= view.pending) return "probe_busy";
-  if (view.inflight >= snapshot.inflightMax) return "full";
+  if (view.circuit === "half_open" && view.probePermits <= view.pending) return "probe_busy";
+  if (view.inflight >= view.inflightMax) return "full";
   if (wanted.denied.length > 0 && wanted.denied.includes(view.node)) return "denied";
-  if (!snapshot.healthy) return "unhealthy";
+  if (!view.healthy) return "unhealthy";
   if (!loadGates) return undefined;
   if (nowMs < view.restUntilMs) return "resting";
   if (nowMs - view.scrapedAtMs <= options.staleMs) {
@@ -370,7 +375,7 @@ export class Field {
     if (count === 0 && this.waitable === 0) {
       this.isLastResort = true;
       for (const view of this.views) {
-        if (view.pending > 0 || view.inflight >= view.snapshot.inflightMax) continue;
+        if (view.pending > 0 || view.inflight >= view.inflightMax) continue;
         if (wanted.denied.includes(view.node)) continue;
         if (this.exclusionOf(view, wanted) === "circuit_open") this.eligible[count++] = view;
       }
@@ -387,12 +392,11 @@ export class Field {
     let sum = 0;
     let nodes = 0;
     for (const view of this.views) {
-      const { snapshot } = view;
-      if (snapshot.draining) continue;
+      if (view.draining) continue;
       nodes++;
-      const isOut = view.circuit === "open" || !snapshot.healthy || nowMs < view.unreachableUntilMs;
+      const isOut = view.circuit === "open" || !view.healthy || nowMs < view.unreachableUntilMs;
       const kv = nowMs - view.scrapedAtMs <= staleMs ? view.kv / kvGate : 0;
-      sum += isOut ? 1 : Math.min(1, Math.max(view.inflight / snapshot.inflightMax, kv));
+      sum += isOut ? 1 : Math.min(1, Math.max(view.inflight / view.inflightMax, kv));
     }
     return nodes === 0 ? 1 : sum / nodes;
   }
@@ -475,7 +479,7 @@ function exclusionText(
     case "probe_busy":
       return "half open, without a free permit";
     case "full":
-      return `full: ${view.inflight} of ${view.snapshot.inflightMax} in flight`;
+      return `full: ${view.inflight} of ${view.inflightMax} in flight`;
     case "unhealthy":
       return "fails its health checks";
     case "resting":

@@ -28,7 +28,7 @@ import {
   type ReplyTo,
   unreachable,
 } from "../runtime/actor.ts";
-import type { CacheMessage, FlightNews, FlightResult, LookupReply } from "./cache.ts";
+import type { CacheMessage, FlightClosed, FlightNews, FlightResult, LookupReply } from "./cache.ts";
 import type {
   AnswerFacts,
   FrontCommand,
@@ -67,7 +67,8 @@ export type RequestMessage =
   | Admitted
   | Chosen
   | { kind: "request.deadline"; requestId: RequestId }
-  | { kind: "request.retry_due"; requestId: RequestId };
+  | { kind: "request.retry_due"; requestId: RequestId }
+  | { kind: "request.flight_closed"; requestId: RequestId };
 
 type LookedUp = {
   kind: "request.looked_up";
@@ -129,6 +130,8 @@ type Request = {
   clientPresent: boolean;
   /** Leads the flight named by its own id, so that others may share it. */
   leads: boolean;
+  /** The cache has been told the end of its flight and has not answered yet. */
+  awaitsClosing: boolean;
   /** The flight that it joined, if any. */
   flightId: RequestId;
   cache: CacheVerdict;
@@ -196,6 +199,8 @@ export class RequestActor implements Actor<RequestMessage> {
         return this.#onDeadline(message.requestId, context);
       case "request.retry_due":
         return this.#onRetryDue(message.requestId, context);
+      case "request.flight_closed":
+        return this.#forget(message.requestId, context);
       case "upstream.first_token":
         return this.#onFirstToken(message.leaseId, context);
       case "upstream.progress":
@@ -233,6 +238,7 @@ export class RequestActor implements Actor<RequestMessage> {
       phase: "looking",
       clientPresent: true,
       leads: false,
+      awaitsClosing: false,
       flightId: facts.requestId,
       cache: facts.cacheKey === undefined ? "bypass" : "miss",
       limits: undefined,
@@ -733,16 +739,21 @@ export class RequestActor implements Actor<RequestMessage> {
     });
   }
 
+  /**
+   * Tells the cache how the flight that this request leads ended. Its bytes are forgotten only once the cache has
+   * answered: by then, in this order, every participant has been told to read them.
+   */
   #endFlight(request: Request, result: FlightResult, context: Context<RequestMessage>): void {
-    const key = request.facts.cacheKey;
+    const { cacheKey: key, requestId } = request.facts;
     if (!request.leads || key === undefined) return;
     request.leads = false;
-    context.tell(this.#refs.cache(key), {
-      kind: "cache.flight_ended",
-      key,
-      flightId: request.facts.requestId,
-      result,
-    });
+    request.awaitsClosing = true;
+    context.ask<CacheMessage, FlightClosed>(
+      this.#refs.cache(key),
+      this.#options.lookupMs,
+      (replyTo) => ({ kind: "cache.flight_ended", key, flightId: requestId, result, replyTo }),
+      () => ({ kind: "request.flight_closed", requestId }),
+    );
   }
 
   // ---- endings ----------------------------------------------------------------------------------------
@@ -840,9 +851,7 @@ export class RequestActor implements Actor<RequestMessage> {
     this.#requests.delete(facts.requestId);
     context.cancelTimer(facts.requestId);
     if (request.phase === "backing_off") context.cancelTimer(`retry ${facts.requestId}`);
-    // After every front.attach of this flight: both go to the front, in this order.
-    if (request.flightId === facts.requestId)
-      context.tell(this.#refs.front, { kind: "front.forget", requestId: facts.requestId });
+    if (!request.awaitsClosing) this.#forget(facts.requestId, context);
     const record: RequestRecord = {
       facts,
       outcome: request.clientPresent || outcome !== "ok" ? outcome : "left",
@@ -857,6 +866,11 @@ export class RequestActor implements Actor<RequestMessage> {
       ...more,
     };
     context.emit({ kind: "request.finished", record } as RequestFinished);
+  }
+
+  /** Comes to the front after every `front.attach` to this flight. */
+  #forget(requestId: RequestId, context: Context<RequestMessage>): void {
+    context.tell(this.#refs.front, { kind: "front.forget", requestId });
   }
 
   #settle(request: Request, usage: Usage | null, context: Context<RequestMessage>): void {

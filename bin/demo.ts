@@ -101,7 +101,7 @@ class Demo {
       // Recovery within the length of a tour; production defaults are slower.
       circuit: { openMs: 1500 },
       router: { slowStartMs: 6000 },
-      health: { intervalMs: 500 },
+      health: { intervalMs: 500, timeoutMs: 500 },
     };
   }
 

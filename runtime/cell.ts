@@ -1,7 +1,8 @@
 /**
- * What one actor consists of: its cell (mailbox, behaviour, what is tied to the present incarnation), the context
- * its behaviour sees, and the things it may have open (asks, timers, watches). The rules are in system.ts; here is
- * only the state they work on. Nothing of this leaves runtime/.
+ * What one actor consists of: its cell (mailbox, behaviour, what is tied to the present
+ * incarnation), the context its behaviour sees, and the things it may have open (asks, timers,
+ * watches). The rules are in system.ts; here is only the state they work on. Nothing of this leaves
+ * runtime/.
  */
 
 import {
@@ -24,7 +25,10 @@ import type { Runnable } from "./scheduler.ts";
 import type { Supervised, Supervisor } from "./supervisor.ts";
 
 const MAILBOX_DEFAULT: MailboxSpec<never> = { max: 1024, overflow: { kind: "reject" } };
-/** `run` looks at the clock once in this many messages (a power of two): reading it costs as much as a turn. */
+/**
+ * `run` looks at the clock once in this many messages (a power of two): reading it costs as much as
+ * a turn.
+ */
 const CLOCK_CHECK_EVERY = 16;
 
 /** What cells and contexts need of the system around them. */
@@ -77,7 +81,10 @@ export type Asker =
   /** Asked in another process; there it has its timer, here nothing is kept of it but the mail. */
   | { kind: "remote" };
 
-/** One question: made by its asker's system, and again from the envelope in the system that answers it. */
+/**
+ * One question: made by its asker's system, and again from the envelope in the system that answers
+ * it.
+ */
 export class Ask {
   readonly isNotice = false;
   readonly askId: number;
@@ -104,7 +111,9 @@ export class Ask {
   }
 }
 
-/** Marks mail that the runtime owes this actor: the outcome of an ask, a timer, the end of a watch. */
+/**
+ * Marks mail that the runtime owes this actor: the outcome of an ask, a timer, the end of a watch.
+ */
 export class Notice {
   readonly isNotice = true;
   readonly adapt: ((value: never) => unknown) | undefined;
@@ -326,7 +335,10 @@ export class CellContext implements Context<unknown> {
     this.#host.buffer({ op: "emit", event });
   }
 
-  /** A context kept for a callback would act outside any turn, and its effects would land in another's. */
+  /**
+   * A context kept for a callback would act outside any turn, and its effects would land in
+   * another's.
+   */
   #checkTurn(): void {
     if (!this.#host.isTurnOf(this)) {
       assert(

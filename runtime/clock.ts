@@ -1,12 +1,16 @@
 /**
  * Time as a port: reading it, and being called back later.
  *
- * Instants are whole microseconds on a monotonic scale that starts anywhere; only differences mean something.
- * `SystemClock` follows the machine, `SimClock` moves only when told to. Both keep their timers in one
- * `TimerQueue`, ordered by (µs, sequence), so timers due at the same instant run in the order they were set.
+ * Instants are whole microseconds on a monotonic scale that starts anywhere; only differences mean
+ * something. `SystemClock` follows the machine, `SimClock` moves only when told to. Both keep their
+ * timers in one `TimerQueue`, ordered by (µs, sequence), so timers due at the same instant run in
+ * the order they were set.
  */
 
-/** Longest accepted delay: 2⁵² µs, about 142 years; beyond it the sum with `now` would lose microseconds. */
+/**
+ * Longest accepted delay: 2⁵² µs, about 142 years; beyond it the sum with `now` would lose
+ * microseconds.
+ */
 const DELAY_US_MAX = 2 ** 52;
 /** `setTimeout` takes 32-bit milliseconds; a longer wait is served in stages. */
 const ARM_MS_MAX = 2 ** 31 - 1;
@@ -49,9 +53,10 @@ function isBefore(a: Timer, b: Timer): boolean {
 }
 
 /**
- * Binary heap of timers that knows where each one lies: insert and cancel are O(log n), and a cancelled timer
- * leaves nothing behind, however far away it was due. (A wheel would be O(1) but rounds, and a simulation must
- * not round; with the few thousand timers of one process the heap costs about a tenth of a µs.)
+ * Binary heap of timers that knows where each one lies: insert and cancel are O(log n), and a
+ * cancelled timer leaves nothing behind, however far away it was due. (A wheel would be O(1) but
+ * rounds, and a simulation must not round; with the few thousand timers of one process the heap
+ * costs about a tenth of a µs.)
  */
 export class TimerQueue {
   readonly #heap: Timer[] = [];
@@ -84,7 +89,10 @@ export class TimerQueue {
     return this.#heap[0]?.atUs;
   }
 
-  /** Takes out the earliest timer if it is due at `nowUs` and was set before `sequenceMax`; returns its `fn`. */
+  /**
+   * Takes out the earliest timer if it is due at `nowUs` and was set before `sequenceMax`; returns
+   * its `fn`.
+   */
   takeDue(nowUs: number, sequenceMax = Number.POSITIVE_INFINITY): (() => void) | undefined {
     const timer = this.#heap[0];
     if (timer === undefined || timer.atUs > nowUs || timer.sequence >= sequenceMax)
@@ -147,8 +155,8 @@ function checkDelay(afterUs: number): void {
 }
 
 /**
- * The machine's monotonic clock. One `setTimeout` stands armed for the earliest timer, so its ms granularity
- * applies: a timer fires up to about 1 ms late, never early.
+ * The machine's monotonic clock. One `setTimeout` stands armed for the earliest timer, so its ms
+ * granularity applies: a timer fires up to about 1 ms late, never early.
  */
 export class SystemClock implements Clock {
   readonly #timers = new TimerQueue();
@@ -175,8 +183,8 @@ export class SystemClock implements Clock {
 
   cancel(handle: TimerHandle): void {
     this.#timers.remove(handle);
-    // What is armed stays armed, and finds nothing due: arming costs more than all the rest. Only it must not
-    // keep the process alive for nothing.
+    // What is armed stays armed, and finds nothing due: arming costs more than all the rest. Only
+    // it must not keep the process alive for nothing.
     if (this.#timers.size === 0) this.#armed?.unref();
   }
 
@@ -192,7 +200,8 @@ export class SystemClock implements Clock {
     this.#armed = undefined;
     this.#armedForUs = Number.POSITIVE_INFINITY;
     const nowUs = this.nowUs();
-    // Timers set by the ones that fire now wait for the next round: a 0 µs chain cannot hold the event loop.
+    // Timers set by the ones that fire now wait for the next round: a 0 µs chain cannot hold the
+    // event loop.
     const sequenceMax = this.#timers.nextSequence;
     try {
       for (let fn = this.#timers.takeDue(nowUs, sequenceMax); fn !== undefined; ) {
@@ -206,7 +215,10 @@ export class SystemClock implements Clock {
   }
 }
 
-/** Virtual time, starting at 0. It moves only by `advanceToNext` and `advanceTo`, and never past a pending timer. */
+/**
+ * Virtual time, starting at 0. It moves only by `advanceToNext` and `advanceTo`, and never past a
+ * pending timer.
+ */
 export class SimClock implements Clock {
   readonly #timers = new TimerQueue();
   #nowUs = 0;
@@ -243,7 +255,10 @@ export class SimClock implements Clock {
     return true;
   }
 
-  /** Moves to `atUs` without running anything. Throws RangeError backwards, or past a timer still pending. */
+  /**
+   * Moves to `atUs` without running anything. Throws RangeError backwards, or past a timer still
+   * pending.
+   */
   advanceTo(atUs: number): void {
     const earliestUs = this.#timers.earliestUs() ?? Number.POSITIVE_INFINITY;
     if (!Number.isInteger(atUs) || atUs < this.#nowUs || atUs > earliestUs) {

@@ -1,16 +1,18 @@
 /**
  * The bounded queue in front of one actor, and what lies in it.
  *
- * Counted mail (tells and asks) obeys the bound and the overflow policy. Notices (outcomes of the actor's own
- * asks, its timers, the ends it watches) are uncounted: each answers something the actor itself started, so they
- * are bounded by that and must not be lost.
+ * Counted mail (tells and asks) obeys the bound and the overflow policy. Notices (outcomes of the
+ * actor's own asks, its timers, the ends it watches) are uncounted: each answers something the
+ * actor itself started, so they are bounded by that and must not be lost.
  */
 
 import type { ActorRef, MailboxSpec } from "./actor.ts";
 
 const CAPACITY_INITIAL = 8;
 
-/** What comes with a message that is more than a tell: the ask it belongs to, or why it is a notice. */
+/**
+ * What comes with a message that is more than a tell: the ask it belongs to, or why it is a notice.
+ */
 export interface MailTag {
   readonly isNotice: boolean;
 }
@@ -120,7 +122,9 @@ export class Mailbox<T extends MailTag> {
     return this.#mails.length === 0 && this.#urgent.length === 0;
   }
 
-  /** Queues counted mail. Returns what was lost for it: nothing, this mail itself, or an older one. */
+  /**
+   * Queues counted mail. Returns what was lost for it: nothing, this mail itself, or an older one.
+   */
   offer(mail: Mail<T>): Mail<T> | undefined {
     if (this.#mails.length - this.#notices >= this.#spec.max) return this.#overflow(mail);
     this.#mails.push(mail);

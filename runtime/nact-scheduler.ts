@@ -1,15 +1,19 @@
 /**
  * The live scheduler: nact decides when cells run. The only importer of nact.
  *
- * nact carries no messages and supervises nothing here; it gets one constant message per *wake*, and the cell
- * drains its own mailbox, up to a bound, inside that turn. Only `start`, `spawn`, `dispatch` and `stop` are used,
- * with functions that are synchronous, never throw and keep no state, and a crash policy that always resumes: the
- * known faults of nact 7.6.2 (answers mixed up between queries, vanishing mail, restarts without limit, exits on
- * throwing hooks) then have nothing to act on.
+ * nact carries no messages and supervises nothing here; it gets one constant message per *wake*,
+ * and the cell drains its own mailbox, up to a bound, inside that turn. Only `start`, `spawn`,
+ * `dispatch` and `stop` are used, with functions that are synchronous, never throw and keep no
+ * state, and a crash policy that always resumes: the known faults of nact 7.6.2 (answers mixed up
+ * between queries, vanishing mail, restarts without limit, exits on throwing hooks) then have
+ * nothing to act on.
  *
  * Two modes:
- * - `dispatcher`: one nact actor drains a run queue of all cells, a slice of each in turn.
- * - `per-cell`: one nact actor per cell, in a nact tree that mirrors the paths.
+ * - `dispatcher`: one nact actor drains a run queue of all cells, a slice of each in turn. The
+ *   default: a message that finds its receiver idle costs about 70 ns of CPU, against 1.6 µs for a
+ *   wake of its own through nact.
+ * - `per-cell`: one nact actor per cell, in a nact tree that mirrors the paths. Equal only when
+ *   messages queue.
  */
 
 import { dispatch, type Ref, spawn, start, stop } from "nact";
@@ -20,10 +24,15 @@ export type NactMode = "per-cell" | "dispatcher";
 
 /** Per nact message and cell, mode `per-cell`. */
 const DRAIN_MESSAGES_MAX = 256;
-/** Per nact message over all cells, mode `dispatcher`; and per cell before the next has its turn. */
+/**
+ * Per nact message over all cells, mode `dispatcher`; and per cell before the next has its turn.
+ */
 const TURN_MESSAGES_MAX = 2048;
 const SLICE_MESSAGES_MAX = 32;
-/** A nact message holds the event loop about this long at most, then sockets and timers have their turn. */
+/**
+ * A nact message holds the event loop about this long at most, then sockets and timers have their
+ * turn.
+ */
 const TURN_US_MAX = 1000;
 
 type WakeRef = Ref<null>;
@@ -35,7 +44,10 @@ export class NactScheduler implements Scheduler {
   readonly #system = start();
   /** The one actor of mode `dispatcher`. */
   readonly #dispatcher: WakeRef | undefined;
-  /** Mode `per-cell`: of each open cell, and of each path prefix that ever had one (as many as supervisors). */
+  /**
+   * Mode `per-cell`: of each open cell, and of each path prefix that ever had one (as many as
+   * supervisors).
+   */
   readonly #cells = new Map<Runnable, WakeRef>();
   readonly #branches = new Map<string, WakeRef>();
   /** Mode `dispatcher`: awake cells, each once, from `#queueHead` on. */
@@ -43,8 +55,9 @@ export class NactScheduler implements Scheduler {
   #queueHead = 0;
   #isDispatched = false;
 
-  constructor(options: { mode: NactMode; clock: Clock }) {
-    this.#mode = options.mode;
+  /** `mode`: default dispatcher. */
+  constructor(options: { mode?: NactMode; clock: Clock }) {
+    this.#mode = options.mode ?? "dispatcher";
     this.#clock = options.clock;
     if (this.#mode === "dispatcher") {
       this.#dispatcher = this.#spawn(this.#system, "dispatcher", () => this.#drainQueue());
@@ -131,8 +144,8 @@ export class NactScheduler implements Scheduler {
       try {
         run();
       } catch (error) {
-        // Behaviours' errors end in the cell, so this is a fault of the runtime: it must end the process, and
-        // nact would only stop its actor.
+        // Behaviours' errors end in the cell, so this is a fault of the runtime: it must end the
+        // process, and nact would only stop its actor.
         setImmediate(() => {
           throw error;
         });

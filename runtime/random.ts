@@ -1,11 +1,15 @@
 /**
- * Seeded randomness: xoshiro128** (Blackman and Vigna, public domain), seeded from the hash of a name.
+ * Seeded randomness: xoshiro128** (Blackman and Vigna, public domain), seeded from the hash of a
+ * name.
  *
- * `split` derives a stream from the seed and a name alone, not from the draws made so far: a new actor with its
- * own stream shifts no draw of any other. Not for secrets.
+ * `split` derives a stream from the seed and a name alone, not from the draws made so far: a new
+ * actor with its own stream shifts no draw of any other. Not for secrets.
  */
 
-/** FNV-1a over UTF-16 code units, four lanes with different offsets, each finished by murmur3's mixer. */
+/**
+ * FNV-1a over UTF-16 code units, four lanes with different offsets, each finished by murmur3's
+ * mixer.
+ */
 function hashLane(text: string, offset: number): number {
   let hash = (0x811c9dc5 ^ offset) | 0;
   for (let index = 0; index < text.length; index++) {
@@ -44,7 +48,10 @@ export class Random {
     return (high * 67108864 + low) / 9007199254740992;
   }
 
-  /** Uniform whole number in 0…n−1, without bias; n from 1 to 2³². Throws RangeError for any other n. */
+  /**
+   * Uniform whole number in 0…n−1, without bias; n from 1 to 2³². Throws RangeError for any other
+   * n.
+   */
   int(n: number): number {
     if (!Number.isInteger(n) || n < 1 || n > 4294967296) {
       throw new RangeError(`int needs a whole number from 1 to 2^32, got ${n}`);

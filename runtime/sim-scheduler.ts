@@ -1,9 +1,10 @@
 /**
  * The simulator's scheduler: one thread, one message at a time, in an order that the seed decides.
  *
- * Among the cells with work it picks one at random, lets it handle one message, and puts it back if more wait.
- * Only when no cell has work does virtual time move, to the next timer. Any number of systems may share one
- * scheduler (with its clock). The hash over (time, path, message kind) of every message makes two runs comparable.
+ * Among the cells with work it picks one at random, lets it handle one message, and puts it back if
+ * more wait. Only when no cell has work does virtual time move, to the next timer. Any number of
+ * systems may share one scheduler (with its clock). The hash over (time, path, message kind) of
+ * every message makes two runs comparable.
  */
 
 import type { SimClock } from "./clock.ts";
@@ -52,7 +53,10 @@ export class SimScheduler implements Scheduler {
     this.#mix(this.#nameHash(messageKind));
   }
 
-  /** Handles one message, or else moves time to the next timer and fires it. False when there is neither. */
+  /**
+   * Handles one message, or else moves time to the next timer and fires it. False when there is
+   * neither.
+   */
   step(): boolean {
     return this.#runOne() || this.#clock.advanceToNext();
   }
@@ -77,7 +81,9 @@ export class SimScheduler implements Scheduler {
     return steps;
   }
 
-  /** Runs everything due within the next `ms` of virtual time, and leaves the clock exactly there. */
+  /**
+   * Runs everything due within the next `ms` of virtual time, and leaves the clock exactly there.
+   */
   runFor(ms: number): void {
     this.runUntil(this.#clock.nowUs() + Math.round(ms * 1000));
   }

@@ -1,13 +1,15 @@
 /**
- * Supervision in the manner of OTP: who is restarted when a child fails, in which order, and when to give up.
+ * Supervision in the manner of OTP: who is restarted when a child fails, in which order, and when
+ * to give up.
  *
- * Two limits keep failures apart. Each child has its own: after 5 restarts in 30 s it is *parked* and restarted
- * after a back-off of 0.2 s · 2ⁿ (at most 30 s, ±20 %), n falling back to 0 after 60 s of health. Each supervisor
- * has that of its spec: more than `intensity` immediate restarts in `periodMs`, over all its children, fail it
- * upward. Parked restarts do not count there: one child that keeps failing must not take its siblings down.
+ * Two limits keep failures apart. Each child has its own: after 5 restarts in 30 s it is *parked*
+ * and restarted after a back-off of 0.2 s · 2ⁿ (at most 30 s, ±20 %), n falling back to 0 after 60
+ * s of health. Each supervisor has that of its spec: more than `intensity` immediate restarts in
+ * `periodMs`, over all its children, fail it upward. Parked restarts do not count there: one child
+ * that keeps failing must not take its siblings down.
  *
- * A start that throws on restart counts like a crash; on first start it fails whatever asked for it.
- * Everything here runs synchronously, between turns.
+ * A start that throws on restart counts like a crash; on first start it fails whatever asked for
+ * it. Everything here runs synchronously, between turns.
  */
 
 import type { SupervisorSpec, TreeSpec } from "./actor.ts";
@@ -29,7 +31,9 @@ export interface Supervised {
   readonly isRunning: boolean;
   /** Starts an incarnation. Throws when that fails, and then nothing of it remains. */
   begin(): void;
-  /** Ends the incarnation in order, if there is one; another may begin, with the mail that waits. */
+  /**
+   * Ends the incarnation in order, if there is one; another may begin, with the mail that waits.
+   */
   suspend(): void;
   /** Ends for good: suspends, gives up the path, and loses the mail that waits. */
   dispose(): void;
@@ -77,6 +81,7 @@ export class Supervisor implements Supervised {
   readonly #host: SupervisorHost;
   /** In start order. Bounded by what the host spawns. */
   #children: Child[] = [];
+  readonly #byActor = new Map<Supervised, Child>();
   /** Immediate restarts within the spec's period, at most intensity. */
   #restartsAtUs: number[] = [];
   #isRunning = false;
@@ -107,12 +112,12 @@ export class Supervisor implements Supervised {
 
   /** Restarts of the child so far, since it was added. */
   restartsOf(actor: Supervised): number {
-    return this.#children.find((child) => child.actor === actor)?.restarts ?? 0;
+    return this.#byActor.get(actor)?.restarts ?? 0;
   }
 
   /**
-   * Makes what the spec names and is not there: all of it, at all levels, before anything begins, so that mail to
-   * what begins later waits instead of being lost. Called once after construction.
+   * Makes what the spec names and is not there: all of it, at all levels, before anything begins,
+   * so that mail to what begins later waits instead of being lost. Called once after construction.
    */
   prepare(): void {
     const known = new Map(this.#children.map((child) => [child.actor.id, child]));
@@ -152,7 +157,10 @@ export class Supervisor implements Supervised {
     this.#host.forget(this);
   }
 
-  /** Adds a child and starts it. Throws when its path is taken or its start fails; then it is not there. */
+  /**
+   * Adds a child and starts it. Throws when its path is taken or its start fails; then it is not
+   * there.
+   */
   spawn(spec: TreeSpec): Supervised {
     if (!this.#isRunning) throw new RangeError(`supervisor ${this.path} is not running`);
     const child = this.#make(spec, false);
@@ -166,15 +174,21 @@ export class Supervisor implements Supervised {
     return child.actor;
   }
 
-  /** Stops a child in order; it does not come back, unless the spec names it and this supervisor restarts. */
+  /**
+   * Stops a child in order; it does not come back, unless the spec names it and this supervisor
+   * restarts.
+   */
   stopChild(actor: Supervised): void {
-    const child = this.#children.find((candidate) => candidate.actor === actor);
+    const child = this.#byActor.get(actor);
     if (child !== undefined) this.#remove(child);
   }
 
-  /** A child's incarnation ended by itself: in order (`error` undefined) or by a crash. Decides what follows. */
+  /**
+   * A child's incarnation ended by itself: in order (`error` undefined) or by a crash. Decides what
+   * follows.
+   */
   childEnded(actor: Supervised, outcome: { error: unknown } | undefined): void {
-    const child = this.#children.find((candidate) => candidate.actor === actor);
+    const child = this.#byActor.get(actor);
     if (child === undefined || !this.#isRunning) return;
     if (actor.restart === "temporary" || (actor.restart === "transient" && outcome === undefined)) {
       this.#remove(child);
@@ -185,7 +199,7 @@ export class Supervisor implements Supervised {
 
   #make(spec: TreeSpec, isStatic: boolean): Child {
     checkId(spec.id);
-    return {
+    const child: Child = {
       actor: this.#host.create(spec, this),
       isStatic,
       restarts: 0,
@@ -194,12 +208,15 @@ export class Supervisor implements Supervised {
       begunAtUs: 0,
       parked: undefined,
     };
+    this.#byActor.set(child.actor, child);
+    return child;
   }
 
   #remove(child: Child): void {
     this.#unpark(child);
     const index = this.#children.indexOf(child);
     if (index >= 0) this.#children.splice(index, 1);
+    this.#byActor.delete(child.actor);
     child.actor.dispose();
   }
 
@@ -214,7 +231,9 @@ export class Supervisor implements Supervised {
     child.actor.begin();
   }
 
-  /** Brings `failed` and those its strategy ties to it back, now or after a back-off, or gives up. */
+  /**
+   * Brings `failed` and those its strategy ties to it back, now or after a back-off, or gives up.
+   */
   #recover(failed: Child, error: unknown): void {
     let cause: { child: Child; error: unknown } | undefined = { child: failed, error };
     while (cause !== undefined) {
@@ -268,7 +287,10 @@ export class Supervisor implements Supervised {
     return undefined;
   }
 
-  /** Whether the child failed too often of late to be restarted at once; if not, counts this restart. */
+  /**
+   * Whether the child failed too often of late to be restarted at once; if not, counts this
+   * restart.
+   */
   #isStorm(child: Child): boolean {
     const nowUs = this.#host.clock.nowUs();
     if (nowUs - child.begunAtUs >= HEALTHY_US) child.backoffs = 0;

@@ -1,14 +1,16 @@
 /**
- * The actor system: cells with bounded mailboxes, one-message turns, asks, watches, timers, dead letters.
+ * The actor system: cells with bounded mailboxes, one-message turns, asks, watches, timers, dead
+ * letters.
  *
- * A turn takes one message, calls `receive`, and then releases the effects the behaviour asked for; if it throws,
- * none of them happens, and its supervisor decides (supervisor.ts). Who runs which cell when is the scheduler's
- * affair (scheduler.ts). Everything is synchronous and single-threaded; starting and stopping run the hooks of
- * the behaviour at once, in order.
+ * A turn takes one message, calls `receive`, and then releases the effects the behaviour asked for;
+ * if it throws, none of them happens, and its supervisor decides (supervisor.ts). Who runs which
+ * cell when is the scheduler's affair (scheduler.ts). Everything is synchronous and
+ * single-threaded; starting and stopping run the hooks of the behaviour at once, in order.
  *
- * Promises: a message is delivered at most once, in order per sender and receiver, or becomes a dead letter; an
- * ask has exactly one outcome; a watch exactly one end. An incarnation ends at a crash, a restart or a stop, and
- * with it its timers, asks, watches, and the mail sent to it by `uid`; mail sent by name waits for the next one.
+ * Promises: a message is delivered at most once, in order per sender and receiver, or becomes a
+ * dead letter; an ask has exactly one outcome; a watch exactly one end. An incarnation ends at a
+ * crash, a restart or a stop, and with it its timers, asks, watches, and the mail sent to it by
+ * `uid`; mail sent by name waits for the next one.
  *
  * Other processes are reached through one hook (`Remote`): envelopes out, `deliver` in.
  */
@@ -63,11 +65,14 @@ export type SystemEvent =
 
 export type SystemHooks = {
   /**
-   * Told of everything that happens: of the runtime itself, and what actors emit. `from` is the path it is about.
-   * Must log `runtime.crashed` and `runtime.start_failed`: nothing else shows them.
+   * Told of everything that happens: of the runtime itself, and what actors emit. `from` is the
+   * path it is about. Must log `runtime.crashed` and `runtime.start_failed`: nothing else shows
+   * them.
    */
   onEvent(event: SystemEvent | RuntimeEvent, from: string): void;
-  /** The root supervisor gave up (everything is stopped by then), or a hook threw: end the process. */
+  /**
+   * The root supervisor gave up (everything is stopped by then), or a hook threw: end the process.
+   */
   onFatal(error: unknown): void;
 };
 
@@ -81,7 +86,10 @@ export type Envelope =
       from: string;
       /** 0 for a tell. */
       askId: number;
-      /** Time left to the ask's deadline in µs: a duration, since clocks of processes differ. 0 for a tell. */
+      /**
+       * Time left to the ask's deadline in µs: a duration, since clocks of processes differ. 0 for
+       * a tell.
+       */
       timeoutUs: number;
       message: unknown;
     }
@@ -92,7 +100,10 @@ export type Envelope =
 
 /** The way to other processes. */
 export type Remote = {
-  /** Whether this path belongs to another process. Asked only about paths that nothing here lives at. */
+  /**
+   * Whether this path belongs to another process. Asked only about paths that nothing here lives
+   * at.
+   */
   route(path: string): boolean;
   /** Takes the envelope, or says why not; then it is a dead letter and its ask fails at once. */
   send(envelope: Envelope): "full" | "disconnected" | "oversized" | undefined;
@@ -114,6 +125,9 @@ export type SystemStats = {
     mailboxMax: number;
     isRunning: boolean;
     restarts: number;
+    /** Timers and watches it has set and not yet heard of. */
+    timers: number;
+    watches: number;
   }[];
   /** Asks without an outcome yet. */
   asks: number;
@@ -224,7 +238,10 @@ class Kernel implements CellHost {
     if (this.#outboxLength > 0) this.#release(cell);
   }
 
-  /** False for mail that is void by now: an ask past its deadline, a timer or watch cancelled meanwhile. */
+  /**
+   * False for mail that is void by now: an ask past its deadline, a timer or watch cancelled
+   * meanwhile.
+   */
   #isDue(cell: Cell, mail: Mail<Tag>, tag: Tag): boolean {
     if (!tag.isNotice) {
       if (this.turnUs() < tag.deadlineUs) return true;
@@ -281,7 +298,7 @@ class Kernel implements CellHost {
   #apply(effect: Effect, cell: Cell): void {
     switch (effect.op) {
       case "reply":
-        this.#reply(effect.to, effect.value);
+        this.reply(effect.to, effect.value);
         return;
       case "start_timer":
         this.#startTimer(cell, effect.key, effect.afterUs, effect.message);
@@ -313,7 +330,9 @@ class Kernel implements CellHost {
     return target.path === cell.path && (target.uid === 0 || target.uid === cell.uid);
   }
 
-  /** Runs a hook of the behaviour as a turn of its own, also in the middle of releasing another's. */
+  /**
+   * Runs a hook of the behaviour as a turn of its own, also in the middle of releasing another's.
+   */
   #hook(cell: Cell, hook: (actor: Actor<unknown>, context: CellContext) => void): void {
     const { actor, context } = cell;
     if (actor === undefined || context === undefined) return;
@@ -450,7 +469,10 @@ class Kernel implements CellHost {
     return ++this.#lastId;
   }
 
-  /** Enters an ask into the table; false when its asker ended before its turn's effects were released. */
+  /**
+   * Enters an ask into the table; false when its asker ended before its turn's effects were
+   * released.
+   */
   #openAsk(tag: Tag): boolean {
     if (tag.isNotice) return false;
     const { origin } = tag;
@@ -474,7 +496,7 @@ class Kernel implements CellHost {
     return true;
   }
 
-  #reply(to: ReplyTo<never>, value: unknown): void {
+  reply(to: ReplyTo<never>, value: unknown): void {
     const ask = this.#asks.get(to.askId);
     if (ask !== undefined && ask.asker === to.asker) {
       this.#answer(ask, { ok: true, value });
@@ -499,7 +521,8 @@ class Kernel implements CellHost {
       origin.settle(outcome as AskOutcome<never>);
       return;
     }
-    // A time-out is nobody's message and may overtake; all else keeps its place behind what the other side sent.
+    // A time-out is nobody's message and may overtake; all else keeps its place behind what the
+    // other side sent.
     const isUrgent = !outcome.ok && outcome.failure === "timeout";
     const notice = new Notice(origin.adapt, undefined);
     this.#notify(origin.self, origin.cell, outcome, notice, isUrgent);
@@ -850,6 +873,8 @@ class Kernel implements CellHost {
         mailboxMax: node.mailbox.max,
         isRunning: node.isRunning,
         restarts: node.supervisor.restartsOf(node),
+        timers: node.timers?.size ?? 0,
+        watches: node.watches?.size ?? 0,
       });
     }
     return {
@@ -876,8 +901,8 @@ export class ActorSystem {
   }
 
   /**
-   * Starts the tree, children in order; once. If any start throws, everything is stopped again and the error is
-   * thrown. Paths are ids joined by "/", from the id of the root on.
+   * Starts the tree, children in order; once. If any start throws, everything is stopped again and
+   * the error is thrown. Paths are ids joined by "/", from the id of the root on.
    */
   start(tree: SupervisorSpec, hooks: SystemHooks): void {
     this.#kernel.start(tree, hooks);
@@ -898,6 +923,11 @@ export class ActorSystem {
     return this.#kernel.post(to, message);
   }
 
+  /** Answers an ask from outside a turn: for actors whose inside is I/O. */
+  reply<R>(to: ReplyTo<R>, value: R): void {
+    this.#kernel.reply(to, value);
+  }
+
   /** Asks from outside; always resolves, within `timeoutMs` (> 0). */
   ask<M, R>(
     to: ActorRef<M>,
@@ -908,8 +938,8 @@ export class ActorSystem {
   }
 
   /**
-   * Starts one more child under the supervisor at `parentPath`. Throws when there is none, when the id is taken,
-   * and what the start throws.
+   * Starts one more child under the supervisor at `parentPath`. Throws when there is none, when the
+   * id is taken, and what the start throws.
    */
   spawn<M>(parentPath: string, spec: ChildSpec<M>): ActorRef<M> {
     this.#kernel.supervisorAt(parentPath).spawn(spec);
@@ -926,7 +956,9 @@ export class ActorSystem {
     this.#kernel.deliver(envelope);
   }
 
-  /** The link to these paths is down: asks sent there fail at once, watches end as "noconnection". */
+  /**
+   * The link to these paths is down: asks sent there fail at once, watches end as "noconnection".
+   */
   disconnected(isGone: (path: string) => boolean): void {
     this.#kernel.disconnected(isGone);
   }

@@ -65,7 +65,9 @@ export class ActorKit<M> {
   readonly #clock = new SimClock();
   readonly #random: Random;
   readonly #released: KitEffect[] = [];
-  /** Messages the runtime owes, of timers and time-outs; handled one by one after the present turn. */
+  /**
+   * Messages the runtime owes, of timers and time-outs; handled one by one after the present turn.
+   */
   readonly #due: M[] = [];
   readonly #timers = new Map<string, TimerHandle>();
   readonly #asks = new Map<number, OpenAsk<M>>();
@@ -92,7 +94,10 @@ export class ActorKit<M> {
     this.#turn((context) => this.#actor.receive(message, context));
   }
 
-  /** One turn with a question; returns the reply if that turn gave it. The reply is among the effects too. */
+  /**
+   * One turn with a question; returns the reply if that turn gave it. The reply is among the
+   * effects too.
+   */
   ask<R>(message: (replyTo: ReplyTo<R>) => M): R | undefined {
     const replyTo = this.replyTo<R>();
     const before = this.#released.length;
@@ -151,7 +156,10 @@ export class ActorKit<M> {
     this.#clock.advanceTo(untilUs);
   }
 
-  /** Answers the ask of that index (of its "ask" effect), in a turn of its own. Throws if it is not open. */
+  /**
+   * Answers the ask of that index (of its "ask" effect), in a turn of its own. Throws if it is not
+   * open.
+   */
   answer(
     index: number,
     outcome: { ok: true; value: unknown } | { ok: false; failure: AskFailure },
@@ -164,7 +172,10 @@ export class ActorKit<M> {
     this.send(ask.adapt(outcome as AskOutcome<never>));
   }
 
-  /** Ends what the actor watches at `path`, in a turn of its own. Throws if it watches nothing there. */
+  /**
+   * Ends what the actor watches at `path`, in a turn of its own. Throws if it watches nothing
+   * there.
+   */
   terminate(path: string, reason: Terminated["reason"]): void {
     const adapt = this.#watches.get(path);
     if (adapt === undefined) throw new RangeError(`no watch on ${path}`);

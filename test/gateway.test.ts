@@ -99,6 +99,7 @@ describe("request: shared flights", () => {
     for (const id of ids) expect(world.outcome(id)).toMatchObject({ kind: "attach" });
     const flights = new Set(ids.map((id) => (world.outcome(id) as { flightId: string }).flightId));
     expect(flights.size).toBe(1);
+    expect(world.front.lateAttaches).toEqual([]);
     expect(await world.books()).toEqual(balanced);
   });
 
@@ -210,6 +211,8 @@ describe("request: random worlds", () => {
             expect(new Set(tried).size).toBe(tried.length);
             expect(tried.length).toBeLessThanOrEqual(3);
           }
+          expect(world.front.lateAttaches).toEqual([]);
+          for (const id of ids) expect(world.front.forgotten.has(id)).toBe(true);
           expect(await world.books()).toEqual(balanced);
         },
       ),

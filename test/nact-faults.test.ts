@@ -1,6 +1,7 @@
 /**
- * nact 7.6.2 has known faults. Each test here does to our cells, on the real nact, what triggers one of them (or
- * one of the traps other actor systems fell into), in both modes, and shows that no cell is hurt.
+ * nact 7.6.2 has known faults. Each test here does to our cells, on the real nact, what triggers
+ * one of them (or one of the traps other actor systems fell into), in both modes, and shows that no
+ * cell is hurt.
  *
  * Time is a `SimClock`: nothing waits for the wall clock, and back-offs pass when told to.
  */

@@ -217,7 +217,7 @@ describe("headroom", () => {
       { itlSeconds: 0.01 },
       { itlSeconds: 0.02 },
       { itlSeconds: 0.08 },
-      none("itlSeconds"),
+      "unmeasured",
     ]);
     pool.filter(wanted());
     expect(pool.field.weightOf(pool.view("n3"))).toBeCloseTo(50, 9);
@@ -573,11 +573,6 @@ function scraped(change: Partial<NonNullable<NodeSnapshot["scrape"]>>) {
   return { engine: "vllm", atMs: NOW_MS - 100, missing: [], ...change };
 }
 
-/** A change that leaves a field out again. */
-function none(field: "itlSeconds"): Partial<NodeSnapshot> {
-  return { [field]: undefined } as Partial<NodeSnapshot>;
-}
-
 function articleNodes(): Partial<NodeSnapshot>[] {
   return [
     { scrape: scraped({ waiting: 4, latencySeconds: 2, gpuMemory: 0.9 }) },
@@ -601,7 +596,7 @@ function wanted(change: Partial<Wanted> = {}): Wanted {
 
 /** Nodes n0, n1, …, each 20 ms per token unless said otherwise. */
 function poolOf(
-  nodes: readonly Partial<NodeSnapshot>[],
+  nodes: readonly (Partial<NodeSnapshot> | "unmeasured")[],
   change: Partial<RankingOptions> = {},
   receivedAtMs = NOW_MS,
 ) {
@@ -609,7 +604,8 @@ function poolOf(
   const field = new Field(ranking);
   const strategy = makeStrategy(ranking);
   nodes.forEach((node, i) => {
-    const snapshot = snapshotOf(`n${i}`, { itlSeconds: 0.02, atMs: receivedAtMs, ...node });
+    const measured = node === "unmeasured" ? {} : { itlSeconds: 0.02, ...node };
+    const snapshot = snapshotOf(`n${i}`, { atMs: receivedAtMs, ...measured });
     field.add(new NodeView(snapshot, i, receivedAtMs));
   });
   const view = (name: string): NodeView => {

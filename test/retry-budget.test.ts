@@ -29,13 +29,14 @@ describe("retry budget", () => {
 
   it("floors at 20 retries in 10 s without any request, and frees them when they leave the window", () => {
     const budget = new RetryBudget(options, 0);
-    const granted = Array.from({ length: 25 }, () => budget.tryWithdraw(5000)).filter(Boolean);
+    const granted = Array.from({ length: 25 }, () => budget.tryWithdraw(5249)).filter(Boolean);
     expect(granted).toHaveLength(20);
-    expect(budget.snapshot(5000)).toEqual({ balance: 0, deposited: 0, withdrawn: 20, refused: 5 });
-    const againMs = 5000 + budget.retryAfterMs(5000);
+    expect(budget.snapshot(5249)).toEqual({ balance: 0, deposited: 0, withdrawn: 20, refused: 5 });
+    const againMs = 5249 + budget.retryAfterMs(5249);
     expect(budget.tryWithdraw(againMs - 1)).toBe(false);
     expect(budget.tryWithdraw(againMs)).toBe(true);
-    expect(againMs).toBeLessThanOrEqual(15_250);
+    expect(againMs - 5249).toBeGreaterThanOrEqual(10_000);
+    expect(againMs - 5249).toBeLessThanOrEqual(10_250);
   });
 
   it("never exceeds ratio · requests + floor in any 10 s (any sequence of events)", () => {
@@ -73,10 +74,11 @@ describe("retry budget", () => {
     );
   });
 
-  it("forgets everything after a long silence, and follows new options", () => {
+  it("forgets requests after 10 s, also after a long silence, and follows new options", () => {
     const budget = new RetryBudget(options, 0);
-    for (let i = 0; i < 1000; i++) budget.deposit(100);
-    expect(budget.snapshot(100).balance).toBe(120);
+    for (let i = 0; i < 1000; i++) budget.deposit(0);
+    expect(budget.snapshot(9999).balance).toBe(120);
+    expect(budget.snapshot(10_000).balance).toBe(20);
     expect(budget.snapshot(60_000).balance).toBe(20);
     budget.configure({ budgetRatio: 0, budgetFloorPerSecond: 0 });
     expect(budget.tryWithdraw(60_000)).toBe(false);

@@ -37,7 +37,9 @@ export type WorldOptions = Partial<SupervisorSpec> & {
   remote?: Remote;
 };
 
-/** Starts a root supervisor "root" (one_for_one, a thousand restarts in 1 s, unless said otherwise). */
+/**
+ * Starts a root supervisor "root" (one_for_one, a thousand restarts in 1 s, unless said otherwise).
+ */
 export function smallWorld(children: readonly TreeSpec[], options: WorldOptions = {}): World {
   const clock = options.clock ?? new SimClock();
   const scheduler = options.scheduler ?? new SimScheduler(clock, options.seed ?? 1);

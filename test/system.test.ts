@@ -255,9 +255,10 @@ describe("mailbox", () => {
     scheduler.runReady();
     expect(b).toEqual(["x3", "y2", "?"]);
     expect(deadLetters({ system })).toEqual(["full got 5"]);
-    system.tell(refB, got("x4")); // The handled ones are forgotten as keys.
-    scheduler.runReady();
-    expect(b.at(-1)).toBe("x4");
+    // What was handled is no key any more.
+    expect(["a", "b", "c", "x4"].map((what) => system.tell(refB, got(what)))).toEqual([
+      ...[true, true, true, false],
+    ]);
   });
 
   it("ask: one that is dropped for another ends as busy", async () => {
@@ -377,21 +378,42 @@ describe("ask", () => {
     expect(clock.nowUs()).toBe(0);
   });
 
-  it("crash: questions the actor had taken in end too, those still waiting are kept", () => {
-    const { act, a, refB, scheduler } = pair();
-    const ask = (run: (context: Hand, replyTo: ReplyTo<unknown>) => void) =>
-      act((context) => context.ask<Doing<unknown>, unknown>(refB, 50, question(run), got));
-    ask(() => {}); // Taken in, to be answered later.
+  it("crash: questions the actor had taken in end too, those still waiting are kept", async () => {
+    const { act, a, refB, scheduler, system } = pair();
+    const takenIn = question(() => {}); // To be answered later.
+    act((context) => context.ask<Doing<unknown>, unknown>(refB, 50, takenIn, got));
     scheduler.runReady();
     act(() => {
       throw new Error("thrown on purpose");
     }, refB);
-    ask((callee, replyTo) => callee.reply(replyTo, "by the next incarnation"));
+    const answered = question((callee, replyTo) => callee.reply(replyTo, "by the next one"));
+    const waiting = system.ask<Doing<unknown>, unknown>(refB, 50, answered);
     scheduler.runReady();
-    expect(a).toEqual([
-      { ok: false, failure: "crashed" },
-      { ok: true, value: "by the next incarnation" },
+    expect(a).toEqual([{ ok: false, failure: "crashed" }]);
+    expect(await waiting).toEqual({ ok: true, value: "by the next one" });
+  });
+
+  it("asker stopped by its own turn: the question is a dead letter, nothing stays open", () => {
+    const b: unknown[] = [];
+    const asker = child("asker", () => new Puppet());
+    const { system, scheduler } = smallWorld([
+      { id: "branch", strategy: "one_for_one", intensity: 1, periodMs: 1000, children: [asker] },
+      child("b", () => new Puppet(b)),
     ]);
+    const refB = system.ref<Doing<unknown>>("root/b");
+    system.tell<Doing<unknown>>(system.ref("root/branch/asker"), {
+      kind: "do",
+      run: (context) => {
+        context.tell(refB, got("told before"));
+        context.stop({ path: "root/branch", uid: 0 }); // Takes the asker along.
+        context.ask<Doing<unknown>, unknown>(refB, 50, () => got("asked"), got);
+        context.tell(refB, got("told after"));
+      },
+    });
+    scheduler.runReady();
+    expect(b).toEqual(["told before", "told after"]);
+    expect(system.stats().asks).toBe(0);
+    expect(deadLetters({ system })).toEqual(["stopped got 1"]);
   });
 
   it("reply and crash in one turn: the asker learns of the crash alone", () => {
@@ -436,9 +458,9 @@ describe("ask", () => {
         refB,
         10,
         question((callee, replyTo) => {
+          callee.reply({ asker: "root/somebody else", askId: replyTo.askId }, 3);
           callee.reply(replyTo, 1);
           callee.reply(replyTo, 2);
-          callee.reply({ asker: "root/somebody else", askId: replyTo.askId }, 3);
         }),
         got,
       ),
@@ -798,6 +820,42 @@ describe("spawn and stop", () => {
     expect(world.events).toEqual([]);
   });
 
+  it("host: may spawn and stop in the middle of a turn, which goes on undisturbed", () => {
+    const { act, a, refA, b, refB, scheduler, system } = pair();
+    act((context) => {
+      context.tell(refA, got("before"));
+      const name = system.spawn(
+        "root",
+        child("c", () => ({
+          start: (own: Hand) => own.tell(refB, got("from its start")),
+          receive() {},
+        })),
+      );
+      expect(b).toEqual([]);
+      system.stop(name);
+      context.tell(refA, got("after"));
+    });
+    scheduler.runReady();
+    expect(a).toEqual(["before", "after"]);
+    expect(b).toEqual(["from its start"]);
+  });
+
+  it("nothing is left behind: timers and watches that have come are forgotten", () => {
+    const { act, refB, scheduler, system } = pair();
+    act((context) => {
+      context.watch(refB, got);
+      context.watch({ path: "root/nobody", uid: 0 }, got);
+      context.startTimer("t", 5, got("due"));
+      context.startTimer("u", 50, got("later"));
+    });
+    scheduler.runReady();
+    const ofA = () => system.stats().cells.find(({ path }) => path === "root/a");
+    expect(ofA()).toMatchObject({ timers: 2, watches: 1 });
+    system.stop(refB);
+    scheduler.runFor(5);
+    expect(ofA()).toMatchObject({ timers: 1, watches: 0 });
+  });
+
   it("hooks: one that throws is fatal, and no actor is hurt", () => {
     const { act, refB, b, scheduler, events, fatal, system } = pair();
     events.push = () => {
@@ -817,7 +875,7 @@ describe("spawn and stop", () => {
 describe("remote", () => {
   /** Two systems "left" and "right" on one virtual clock, 2 ms apart, everything passing through JSON. */
   function twoSystems() {
-    const link = { isUp: true, refusal: undefined as "full" | undefined };
+    const link = { isUp: true, refusal: undefined as "full" | undefined, sent: [] as string[] };
     const left = { got: [] as unknown[] };
     const right = { got: [] as unknown[] };
     const side = (id: string, list: unknown[], other: () => World, shared?: World) =>
@@ -827,6 +885,7 @@ describe("remote", () => {
         remote: {
           route: (path) => !path.startsWith(`${id}/`),
           send(envelope: Envelope) {
+            link.sent.push(`${envelope.kind} ${envelope.to}`);
             if (link.refusal !== undefined) return link.refusal;
             if (!link.isUp) return "disconnected";
             const { message, ...rest } = envelope as { message?: unknown } & Envelope;
@@ -918,16 +977,17 @@ describe("remote", () => {
   });
 
   it("unwatch: ends the watch on the other side too", () => {
-    const { act, there, leftGot, right, scheduler } = twoSystems();
+    const { act, there, leftGot, right, scheduler, link } = twoSystems();
     act((context) => context.watch(there, got));
     act((context) => context.unwatch(there));
     right.system.stop({ path: "right/x", uid: 0 });
     scheduler.runUntilIdle();
     expect(leftGot).toEqual([]);
+    expect(link.sent).toEqual(["watch right/x", "unwatch right/x"]);
   });
 
   it("link down: open asks and watches end at once, and new ones too", () => {
-    const { act, there, leftGot, left, right, goDown, clock } = twoSystems();
+    const { act, there, leftGot, left, right, goDown, clock, link } = twoSystems();
     const ask = (context: Hand) =>
       context.ask<Doing<unknown>, unknown>(there, 1000, () => got("taken in"), got);
     act((context) => {
@@ -956,7 +1016,9 @@ describe("remote", () => {
     expect(clock.nowUs()).toBe(before);
     expect(deadLetters(left)).toEqual(["disconnected got 2"]);
     // The other side forgot the watcher: nothing is sent when its actor ends.
+    link.sent.length = 0;
     right.system.stop({ path: "right/x", uid: 0 });
+    expect(link.sent).toEqual([]);
   });
 
   it("link full: an ask ends as busy, a tell is a dead letter", () => {

@@ -55,7 +55,10 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     return this.#running.size;
   }
 
-  receive(message: UpstreamCommand | ModelTimer, context: Context<UpstreamCommand | ModelTimer>): void {
+  receive(
+    message: UpstreamCommand | ModelTimer,
+    context: Context<UpstreamCommand | ModelTimer>,
+  ): void {
     switch (message.kind) {
       case "upstream.start":
         return this.#start(message, context);
@@ -125,7 +128,8 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
         detail: "modelled",
       });
     }
-    this.#firstToken(leaseId, ttftMs, context);
+    // A whole answer has no first token: it comes at once, at its end.
+    if (start.firstTokenMs < start.totalMs) this.#firstToken(leaseId, ttftMs, context);
     const body = Buffer.from(`answer of ${this.#world.keyOf(start.requestId)}`);
     const answer: StoredAnswer = {
       body,
@@ -144,7 +148,11 @@ class ModelUpstream implements Actor<UpstreamCommand | ModelTimer> {
     });
   }
 
-  #firstToken(leaseId: string, afterMs: number, context: Context<UpstreamCommand | ModelTimer>): void {
+  #firstToken(
+    leaseId: string,
+    afterMs: number,
+    context: Context<UpstreamCommand | ModelTimer>,
+  ): void {
     this.#later(leaseId, afterMs, context, false, { kind: "upstream.first_token", leaseId });
   }
 
@@ -171,7 +179,9 @@ type Start = Extract<UpstreamCommand, { kind: "upstream.start" }>;
 
 class ModelFront implements Actor<FrontCommand> {
   readonly delivered = new Map<string, Delivered[]>();
-  readonly forgotten: string[] = [];
+  readonly forgotten = new Set<string>();
+  /** Told to read a flight whose bytes had been forgotten: must stay empty. */
+  readonly lateAttaches: string[] = [];
 
   receive(message: FrontCommand): void {
     switch (message.kind) {
@@ -182,6 +192,7 @@ class ModelFront implements Actor<FrontCommand> {
           cache: message.facts.cache,
         });
       case "front.attach":
+        if (this.forgotten.has(message.flightId)) this.lateAttaches.push(message.requestId);
         return this.#add(message.requestId, {
           kind: "attach",
           flightId: message.flightId,
@@ -196,7 +207,7 @@ class ModelFront implements Actor<FrontCommand> {
           ...(message.retryAfterMs === undefined ? {} : { retryAfterMs: message.retryAfterMs }),
         });
       case "front.forget":
-        this.forgotten.push(message.requestId);
+        this.forgotten.add(message.requestId);
         return;
       case "front.requests_lost":
         return;

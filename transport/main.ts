@@ -18,16 +18,16 @@ import { Random } from "../runtime/random.ts";
 import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
-import { Front } from "./front.ts";
+import { Front, type FrontOptions } from "./front.ts";
 import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
 import { Metrics, type StateSnapshot } from "./metrics.ts";
 import type { NodeOptions, Options } from "./options.ts";
 import { type Explanation, explain, RecentRequests, Recorder } from "./records.ts";
 import type { RedisStore } from "./redis-store.ts";
-import { ScraperEdge } from "./scraper.ts";
-import { frontOptions, gatewaySettings, nodeSettings, upstreamOptions } from "./settings.ts";
-import { UpstreamEdge } from "./upstream.ts";
+import { ScraperEdge, type ScraperOptions } from "./scraper.ts";
+import { gatewaySettings, nodeSettings } from "./settings.ts";
+import { UpstreamEdge, type UpstreamOptions, upstreamDefaults } from "./upstream.ts";
 
 /** How long an actor may take to describe itself for an operator. */
 const DESCRIBE_MS = 1000;
@@ -101,7 +101,11 @@ export class Gateway {
       nowMs: this.#nowMs,
       modelOf: (node) => this.#nodes.get(node)?.models?.[0],
     });
-    this.#scraper = new ScraperEdge(options, { post, random: new Random(`${idPrefix} scraper`) });
+    const scraperRandom = new Random(idPrefix).split("scraper");
+    this.#scraper = new ScraperEdge(scraperOptions(options), {
+      post,
+      random: () => scraperRandom.next(),
+    });
     this.front = new Front(frontOptions(options), {
       data,
       nowMs: this.#nowMs,
@@ -196,7 +200,7 @@ export class Gateway {
   #register(node: NodeOptions): void {
     const apiKey = node.apiKey === undefined ? {} : { apiKey: node.apiKey };
     this.#upstream.addNode({ node: node.name, url: node.url, ...apiKey });
-    this.#scraper.addNode(node);
+    this.#scraper.addNode({ ...node, node: node.name });
     this.#nodes.set(node.name, { options: node, models: node.models });
     this.#learnModels();
   }
@@ -375,6 +379,38 @@ export class Gateway {
       return this.#log.error({ from, ...fieldsOf(event) }, event.kind);
     this.#log.info({ from, ...fieldsOf(event) }, event.kind);
   }
+}
+
+// ---- what the edges are built with: the actors' settings stand in settings.ts -----------------------
+
+function frontOptions({ cache, record, requests, timeouts }: Options): FrontOptions {
+  return {
+    requests,
+    requestTimeoutMs: timeouts.requestMsDefault,
+    requestTimeoutMsMax: timeouts.totalMs,
+    cacheEnabled: cache.enabled,
+    recordsPrefixes: record.file !== undefined,
+  };
+}
+
+function upstreamOptions({ cache, requests, timeouts }: Options): UpstreamOptions {
+  return {
+    ...upstreamDefaults,
+    connectMs: timeouts.connectMs,
+    sseEventBytesMax: requests.sseLineBytesMax,
+    answerBytesMax: Math.max(upstreamDefaults.answerBytesMax, cache.answerBytesMax),
+  };
+}
+
+function scraperOptions({ health, scrape }: Options): ScraperOptions {
+  return {
+    metricsIntervalMs: scrape.intervalMs,
+    metricsTimeoutMs: scrape.timeoutMs,
+    healthIntervalMs: health.intervalMs,
+    healthTimeoutMs: health.timeoutMs,
+    modelsIntervalMs: scrape.modelsIntervalMs,
+    jitterRatio: scrape.jitterRatio,
+  };
 }
 
 /** An event without its kind; an error as its message and stack. */

@@ -1,14 +1,12 @@
 /**
- * From options, as a person writes them, to what each actor and edge is built with. Pure: the simulator builds
+ * From options, as a person writes them, to what each actor is built with. Pure: the simulator builds
  * its gateways from the same options through the same functions.
  */
 import { cacheDefaults } from "../actors/cache.ts";
 import type { GatewaySettings, NodeSettings } from "../actors/gateway.ts";
 import { limiterDefaults } from "../actors/rate-limiter.ts";
 import type { RequestOptions } from "../actors/request.ts";
-import type { FrontOptions } from "./front.ts";
 import { type NodeOptions, nodeAddress, type Options } from "./options.ts";
-import { type UpstreamOptions, upstreamDefaults } from "./upstream.ts";
 
 /** Cache actors of one process: enough that none is busy, few enough that each has room. */
 const CACHE_SHARDS = 8;
@@ -84,24 +82,5 @@ export function nodeSettings(node: NodeOptions, options: Options): NodeSettings 
     healthFailures: health.failures,
     healthSuccesses: health.successes,
     drainMs: timeouts.nodeDrainMs,
-  };
-}
-
-export function frontOptions({ cache, record, requests, timeouts }: Options): FrontOptions {
-  return {
-    requests,
-    requestTimeoutMs: timeouts.requestMsDefault,
-    requestTimeoutMsMax: timeouts.totalMs,
-    cacheEnabled: cache.enabled,
-    recordsPrefixes: record.file !== undefined,
-  };
-}
-
-export function upstreamOptions({ cache, requests, timeouts }: Options): UpstreamOptions {
-  return {
-    ...upstreamDefaults,
-    connectMs: timeouts.connectMs,
-    sseEventBytesMax: requests.sseLineBytesMax,
-    answerBytesMax: Math.max(upstreamDefaults.answerBytesMax, cache.answerBytesMax),
   };
 }

@@ -1,8 +1,10 @@
 /**
- * What does a local message cost: as a plain call, through raw nact, through our cells on nact in both modes?
+ * What does a local message cost: as a plain call, through raw nact, through our cells on nact in
+ * both modes?
  *
- * CPU time of the process (user and system, garbage collection included) per message, best of several rounds, all
- * in one run; only the ratios travel between machines. Alone: `node dist/test/bench/actors.js`.
+ * CPU time of the process (user and system, garbage collection included) per message, best of
+ * several rounds, all in one run; only the ratios travel between machines. Alone: `node
+ * dist/test/bench/actors.js`.
  */
 
 import { pathToFileURL } from "node:url";
@@ -17,7 +19,10 @@ export type ActorBenchRow = {
   name: string;
   /** CPU per message (per question and answer together for asks), ns. */
   nsPerMessage: number;
-  /** Raw nact's cost in the comparable case / this one; above 1 = we are cheaper. Absent for nact itself. */
+  /**
+   * Raw nact's cost in the comparable case / this one; above 1 = we are cheaper. Absent for nact
+   * itself.
+   */
   nactRatio?: number;
   /** This cost / a plain call's. */
   callRatio: number;
@@ -25,6 +30,7 @@ export type ActorBenchRow = {
 
 const ROUNDS = 5;
 const MESSAGES = 200_000;
+const CALLS = 40_000_000;
 
 /** Best CPU time per message over the rounds, ns. */
 async function measure(messages: number, round: () => void | Promise<void>): Promise<number> {
@@ -38,7 +44,10 @@ async function measure(messages: number, round: () => void | Promise<void>): Pro
   return best;
 }
 
-/** Messages are made beforehand and there are two handlers, or the compiler leaves nothing of the loop. */
+/**
+ * Messages are made beforehand and there are two handlers, or the compiler leaves nothing of the
+ * loop.
+ */
 function plainCalls(): void {
   const handlers = [
     (state: number, message: { n: number }) => state + message.n,
@@ -46,7 +55,7 @@ function plainCalls(): void {
   ];
   const messages = Array.from({ length: 1000 }, (_, index) => ({ kind: "count", n: index & 3 }));
   let state = 1;
-  for (let pass = 0; pass < MESSAGES / 200; pass++) {
+  for (let pass = 0; pass < CALLS / 2000; pass++) {
     for (const handler of handlers) {
       for (const message of messages) state = handler(state, message);
     }
@@ -278,7 +287,7 @@ function cellAsks(mode: NactMode, inFlight: number): Promise<void> {
 
 /** Runs everything: about 10 s. Rows in the order of the reference table. */
 export async function benchActors(): Promise<ActorBenchRow[]> {
-  const call = await measure(MESSAGES * 10, plainCalls);
+  const call = await measure(CALLS, plainCalls);
   const nact = {
     manyToOne: await measure(MESSAGES / 4, nactManyToOne),
     pingPong: await measure(MESSAGES / 4, () => nactPingPong(1)),

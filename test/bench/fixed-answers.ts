@@ -37,7 +37,8 @@ export function streamWrites(includeUsage: boolean): Buffer[] {
   const choice = (delta: string, finish: string) =>
     `${head}"choices":[{"index":0,"delta":${delta},"logprobs":null,"finish_reason":${finish}}]}\n\n`;
   const writes = [choice('{"role":"assistant","content":"w0"}', "null")];
-  for (let i = 1; i < STREAM_EVENTS - 1; i++) writes.push(choice(`{"content":" word${i}"}`, "null"));
+  for (let i = 1; i < STREAM_EVENTS - 1; i++)
+    writes.push(choice(`{"content":" word${i}"}`, "null"));
   const usage = `"usage":{"prompt_tokens":24,"completion_tokens":20,"total_tokens":44}`;
   const usageEvent = includeUsage ? `${head}"choices":[],${usage}}\n\n` : "";
   writes.push(`${choice("{}", '"stop"')}${usageEvent}data: [DONE]\n\n`);

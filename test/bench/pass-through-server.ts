@@ -79,10 +79,7 @@ function forward(request: IncomingMessage, response: ServerResponse, body: Buffe
     return;
   }
   const headers = ["content-type", request.headers["content-type"] ?? "application/json"];
-  pool.dispatch(
-    { path: request.url ?? "/", method: "POST", headers, body },
-    new Forward(response),
-  );
+  pool.dispatch({ path: request.url ?? "/", method: "POST", headers, body }, new Forward(response));
 }
 
 const server = createServer({ keepAliveTimeout: 65_000, noDelay: true }, (request, response) => {
