@@ -48,6 +48,11 @@ function expectError(reply: Reply, { status, code, param, says }: Failure): void
   expect(reply.headers.get("x-request-id")).toBeTruthy();
 }
 
+/** At least one of the requests met the bad node first, and needed the other. */
+function expectMoved(replies: readonly Reply[]): void {
+  expect(Math.max(...replies.map(({ attempts }) => attempts))).toBe(2);
+}
+
 // ---- what a client may get wrong ---------------------------------------------------------------------------
 
 describe("bad input: the body", () => {
@@ -70,7 +75,7 @@ describe("bad input: the body", () => {
     [
       "NaN, which JSON does not have",
       `{"model": "${MODEL}", "temperature": NaN}`,
-      /not valid JSON.*character/,
+      /not valid JSON/,
     ],
   ])("%s is refused as invalid JSON", async (_, body, says) => {
     const reply = await world.send("POST", chatPath, body);
@@ -104,7 +109,7 @@ describe("bad input: the body", () => {
     });
   });
 
-  it.each<[param: string, fields: object, says: RegExp]>([
+  const wrongChats: [param: string, fields: object, says: RegExp][] = [
     ["model", { model: undefined }, /absent/],
     ["model", { model: 7 }, /a number/],
     ["model", { model: "" }, /an empty string/],
@@ -163,10 +168,15 @@ describe("bad input: the body", () => {
     ["tools", { tools: {} }, /an array/],
     ["response_format", { response_format: "json" }, /an object/],
     ["top_logprobs", { top_logprobs: -1 }, /from 0 to 1000/],
-  ])("chat: `%s` is named when it is %o", async (param, fields, says) => {
-    const reply = await world.send("POST", chatPath, chat(fields));
-    expectError(reply, { status: 400, code: "invalid_request", param, says });
-  });
+  ];
+
+  it.each(wrongChats.map((each) => [each[0], JSON.stringify(each[1]).slice(0, 60), each] as const))(
+    "chat: `%s` is named, and what is accepted: %s",
+    async (_, __, [param, fields, says]) => {
+      const reply = await world.send("POST", chatPath, chat(fields));
+      expectError(reply, { status: 400, code: "invalid_request", param, says });
+    },
+  );
 
   it("a number beyond what a double holds is out of range, not infinite", async () => {
     const body = JSON.stringify(chat({ temperature: 1 })).replace(
@@ -177,7 +187,7 @@ describe("bad input: the body", () => {
     expectError(reply, { status: 400, code: "invalid_request", param: "temperature" });
   });
 
-  it.each<[path: string, param: string, body: object]>([
+  const wrongOthers: [path: string, param: string, body: object][] = [
     ["/v1/completions", "prompt", {}],
     ["/v1/completions", "prompt", { prompt: [] }],
     ["/v1/completions", "prompt[0]", { prompt: [{}] }],
@@ -187,7 +197,9 @@ describe("bad input: the body", () => {
     ["/v1/embeddings", "input[1]", { input: ["a", null] }],
     ["/v1/embeddings", "dimensions", { input: "a", dimensions: 0 }],
     ["/v1/embeddings", "encoding_format", { input: "a", encoding_format: "hex" }],
-  ])("%s: `%s` is named when the body is %o", async (path, param, body) => {
+  ];
+
+  it.each(wrongOthers)("%s: `%s` is named: %j", async (path, param, body) => {
     const reply = await world.send("POST", path, { model: MODEL, ...body });
     expectError(reply, { status: 400, code: "invalid_request", param });
   });
@@ -401,13 +413,8 @@ describe("bad input: a client that leaves", () => {
   it("before its body has come: nothing was begun", async () => {
     const world = await start();
     const socket = await connected(world);
-    socket.write(
-      `POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{"model"`,
-    );
-    await until(
-      "the gateway has read it",
-      () => socket.bytesWritten > 80 && socket.writableLength === 0,
-    );
+    const half = `POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{"model"`;
+    await new Promise((resolve) => socket.write(half, resolve));
     socket.destroy();
     expect((await world.chat("next")).status).toBe(200);
     expect(world.counts()).toEqual([1]);
@@ -489,9 +496,9 @@ describe("bad input: a client that leaves", () => {
 /** What a client is told when the only node answers like this; absent = it is a good answer after all. */
 const bodyFaultCodes: Partial<Record<BodyFault, { whole?: string; stream?: string }>> = {
   garbage: { whole: "upstream_bad_answer", stream: "upstream_bad_answer" },
-  half_json: { whole: "upstream_bad_answer", stream: "upstream_bad_answer" },
+  half_json: { whole: "upstream_bad_answer", stream: "stream_broken" },
   wrong_content_type: { whole: "upstream_bad_answer", stream: "upstream_bad_answer" },
-  error_body: { whole: "upstream_failed", stream: "upstream_failed" },
+  error_body: { whole: "upstream_bad_answer", stream: "upstream_failed" },
   redirect: { whole: "upstream_bad_answer", stream: "upstream_bad_answer" },
   huge_line: { stream: "upstream_bad_answer" },
 };
@@ -517,8 +524,8 @@ describe("bad input: a node that answers badly", () => {
         if (stream) expect(reply.text.trimEnd().endsWith("data: [DONE]")).toBe(true);
         else expect(reply.json.system_fingerprint).toBe("node-2");
       }
-      expect(replies.map(({ attempts }) => attempts).sort()).toEqual([1, 2]);
-      expect(world.nodes[0]?.stats().faulted).toBe(1);
+      expectMoved(replies);
+      expect(world.nodes[0]?.stats().faulted).toBeGreaterThanOrEqual(1);
       await world.idle();
     },
   );
@@ -570,7 +577,7 @@ describe("bad input: a node that answers badly", () => {
     world.nodes[0]?.setFault({ dieAfterTokens: 3 });
     const replies = [await world.chat("one"), await world.chat("two")];
     expect(replies.map(({ status }) => status)).toEqual([200, 200]);
-    expect(replies.map(({ attempts }) => attempts).sort()).toEqual([1, 2]);
+    expectMoved(replies);
     await world.idle();
   });
 
@@ -590,7 +597,7 @@ describe("bad input: a node that answers badly", () => {
       { status: 200, node: "node-1" },
       { status: 200, node: "node-1" },
     ]);
-    expect(replies.map(({ attempts }) => attempts).sort()).toEqual([1, 2]);
+    expectMoved(replies);
     const alone = await start({ nodes: 0, options: { nodes: [lost] } });
     expectError(await alone.chat("hello"), { status: 502, code: "upstream_connect" });
   });
@@ -604,7 +611,7 @@ describe("bad input: a node that answers badly", () => {
       { status: 200, node: "node-2" },
       { status: 200, node: "node-2" },
     ]);
-    expect(replies.map(({ attempts }) => attempts).sort()).toEqual([1, 2]);
+    expectMoved(replies);
   });
 
   it("no healthy node is 503 with retry-after", async () => {
@@ -885,10 +892,18 @@ describe("bad input: too much", () => {
       options: { keys: [{ key: "key-of-tiny", tenant: "tiny", limits }] },
     });
     const headers = { authorization: "Bearer key-of-tiny" };
-    const first = await world.chat("one", { max_tokens: 250 }, headers);
+    const fields = { max_tokens: 250, headrace_output_tokens: 250 };
+    const first = await world.chat("one", fields, headers);
     expect(first.status).toBe(200);
-    expect(first.headers.get("x-ratelimit-limit-tokens")).toBe("300");
-    const huge = await world.chat("two", { max_tokens: 400 }, headers);
+    await world.idle(); // Its estimate is settled.
+    const second = await world.chat("two", fields, headers);
+    expectError(second, { status: 429, code: "rate_limit_tokens" });
+    expect(Number(second.headers.get("retry-after"))).toBeGreaterThanOrEqual(1);
+    for (const reply of [first, second]) {
+      expect(reply.headers.get("x-ratelimit-limit-tokens")).toBe("6000");
+      expect(Number(reply.headers.get("x-ratelimit-remaining-tokens"))).toBeLessThan(300);
+    }
+    const huge = await world.chat("x".repeat(2000), {}, headers);
     expectError(huge, { status: 413, code: "request_too_large_for_limit" });
     expect(huge.headers.get("x-should-retry")).toBe("false");
   });

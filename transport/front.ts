@@ -159,7 +159,9 @@ export class Front implements Actor<FrontCommand> {
     const route = routes[incoming.path] ?? "other";
     const refuse = (bad: BadRequest): Exchange => {
       this.#deps.onRefused(bad.code, route);
-      writeError(sink, bad.code, ["x-request-id", requestId], bad.message, bad.param);
+      const headers = ["x-request-id", requestId];
+      if (bad.code === "method_not_allowed") headers.push("allow", "POST");
+      writeError(sink, bad.code, headers, bad.message, bad.param);
       return { requestId, drained() {}, left() {} };
     };
     if (this.#draining) return refuse(bad("shutting_down"));
@@ -181,7 +183,14 @@ export class Front implements Actor<FrontCommand> {
     if ("code" in request) return refuse(request);
     const unusable = this.#unusableModel(request.model, tenant);
     if (unusable !== undefined) return refuse(unusable);
-    const facts = this.#facts(requestId, request, tenant, incoming);
+    let facts: RequestFacts | BadRequest;
+    try {
+      facts = this.#facts(requestId, request, tenant, incoming);
+    } catch (error) {
+      // Its hashes walk the whole body: nesting without end is what overflows the stack.
+      if (!(error instanceof RangeError)) throw error;
+      return refuse(bad("invalid_request", "the body is nested too deeply"));
+    }
     if ("code" in facts) return refuse(facts);
     return this.#start(facts, request, incoming, sink);
   }
