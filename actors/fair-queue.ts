@@ -54,8 +54,9 @@ export type Offer = "queued" | "key_full" | "pool_full";
 const OUTPUT_PRICE = 2;
 const DELAY_INTERVAL_MS = 2000;
 const DELAY_TARGET_MS = 500;
-/** Tenants remembered per band; beyond it the one idle for longest is forgotten, with its debt. */
+/** Tenants remembered per band; beyond it those idle for longest are forgotten, so many at once, with their debts. */
 const TENANTS_MAX = 4096;
+const TENANTS_FORGOTTEN = 512;
 
 const priorities = ["interactive", "standard", "batch"] as const satisfies Priority[];
 
@@ -409,10 +410,12 @@ function firstArrivalAtMs<E extends QueueEntry>({ head }: Tenant<E>): number {
 }
 
 function forgetIdle<E>(band: Band<E>): void {
+  let left = TENANTS_FORGOTTEN;
   for (const tenant of band.tenants.values()) {
+    if (left === 0) return;
     if (tenant.waiting > 0) continue;
     band.tenants.delete(tenant.name);
-    return;
+    left--;
   }
 }
 

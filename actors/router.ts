@@ -883,30 +883,39 @@ function sweepOlder(atMs: Map<NodeId, number>, beforeMs: number): void {
 
 // ---- what was sent where ------------------------------------------------------------------------------------
 
-const SENT_KEYS_MAX = 16_384;
+/** Of each of two generations. */
+const SENT_KEYS_MAX = 8192;
 const SENT_NODES_MAX = 4;
 /** An engine has evicted a prefix that was not asked for in this time. */
 const SENT_IDLE_MS_MAX = 600_000;
 
-/** Prompt tokens of each affinity key that nodes have seen: least recently used keys are forgotten first. */
+type Sent = { readonly atMs: number; readonly prompts: readonly SentPrompt[] };
+
+/**
+ * Prompt tokens of each affinity key that nodes have seen. Two generations: a full one becomes the old one, and
+ * the old one's keys that were not used meanwhile are forgotten.
+ */
 class SentPrompts {
-  readonly #byKey = new Map<number, { atMs: number; prompts: readonly SentPrompt[] }>();
+  #young = new Map<number, Sent>();
+  #old = new Map<number, Sent>();
 
   ofKey(key: number | undefined, nowMs: number): readonly SentPrompt[] {
-    const sent = key === undefined ? undefined : this.#byKey.get(key);
-    return sent === undefined || nowMs - sent.atMs > SENT_IDLE_MS_MAX ? [] : sent.prompts;
+    if (key === undefined) return nothingSent;
+    const sent = this.#young.get(key) ?? this.#old.get(key);
+    const isKnown = sent !== undefined && nowMs - sent.atMs <= SENT_IDLE_MS_MAX;
+    return isKnown ? sent.prompts : nothingSent;
   }
 
   note(key: number | undefined, prompt: SentPrompt, nowMs: number): void {
     if (key === undefined) return;
-    const others = this.ofKey(key, nowMs).filter((sent) => sent.node !== prompt.node);
-    this.#byKey.delete(key);
-    this.#byKey.set(key, {
-      atMs: nowMs,
-      prompts: [prompt, ...others.slice(0, SENT_NODES_MAX - 1)],
-    });
-    if (this.#byKey.size <= SENT_KEYS_MAX) return;
-    const oldest = this.#byKey.keys().next();
-    if (!oldest.done) this.#byKey.delete(oldest.value);
+    const prompts = [prompt];
+    for (const sent of this.ofKey(key, nowMs))
+      if (sent.node !== prompt.node && prompts.length < SENT_NODES_MAX) prompts.push(sent);
+    this.#young.set(key, { atMs: nowMs, prompts });
+    if (this.#young.size < SENT_KEYS_MAX) return;
+    this.#old = this.#young;
+    this.#young = new Map();
   }
 }
+
+const nothingSent: readonly SentPrompt[] = [];

@@ -205,14 +205,16 @@ describe("bad input: the body", () => {
   });
 
   it("nesting without end is refused, and the process lives on", async () => {
-    for (const fields of [`"x": ${nested(20_000)}`, `"metadata": ${nested(20_000)}`]) {
-      const reply = await world.send(
-        "POST",
-        chatPath,
-        JSON.stringify(chat({})).replace(/\}$/, `,${fields}}`),
-      );
-      expect([200, 400]).toContain(reply.status);
-    }
+    const text = JSON.stringify(chat({}));
+    const unknown = text.replace(/\}$/, `,"x": ${nested(20_000)}}`);
+    expectError(await world.send("POST", chatPath, unknown), {
+      status: 400,
+      code: "invalid_request",
+      says: /nested/,
+    });
+    // Never looked at here; a node reads it with the same patience.
+    const metadata = text.replace(/\}$/, `,"metadata": ${nested(20_000)}}`);
+    expect((await world.send("POST", chatPath, metadata)).status).toBe(200);
     const part = `{"type": "image_url", "image_url": ${nested(20_000)}}`;
     const reply = await world.send(
       "POST",
@@ -641,7 +643,31 @@ describe("bad input: a node that answers badly", () => {
     expect(nodes.map(({ snapshot }) => snapshot.circuit)).toEqual(["closed", "closed"]);
   });
 
-  it("a port that is taken is refused, and nothing is left running", async () => {
+  it("no line of the log holds anything of a prompt, an answer or a key", async () => {
+    const keys = [{ key: "a-secret-key", tenant: "acme" }];
+    const world = await start({
+      nodes: 2,
+      options: { ...alternating, keys, circuit: { gatewayFailures: 1 } },
+    });
+    const headers = { authorization: "Bearer a-secret-key" };
+    const answers: string[] = [];
+    for (const fault of BODY_FAULTS.filter((each) => each !== "endless_stream")) {
+      world.nodes[0]?.setFault({ body: fault });
+      const reply = await world.chat(`a secret prompt about ${fault}`, {}, headers);
+      answers.push(reply.json.choices[0]?.message.content ?? "");
+    }
+    await world.chat("a secret prompt", {}, { authorization: "Bearer another-secret-key" });
+    await world.idle();
+    const log = JSON.stringify(world.log);
+    expect(log).toContain("the circuit of a node changed");
+    expect(log).not.toContain("secret");
+    for (const answer of answers) {
+      expect(answer.length).toBeGreaterThan(10);
+      expect(log).not.toContain(answer.slice(0, 20));
+    }
+  });
+
+  it("a port that is taken is refused, and whoever has it goes on", async () => {
     const world = await start();
     const { options } = world.gateway;
     const listen = { ...options.listen, port: world.server.port };
@@ -804,7 +830,7 @@ describe("bad input: what must not be kept", () => {
     const world = await start();
     world.nodes[0]?.setFault({ dieAfterTokens: 3 });
     const broken = await world.chat("hello", { stream });
-    expect(broken.text).toContain("stream_broken".slice(0, stream ? undefined : 0));
+    expect(stream ? broken.text.includes("stream_broken") : broken.status === 502).toBe(true);
     world.nodes[0]?.setFault({});
     const after = await world.chat("hello", { stream });
     expect({ status: after.status, cache: after.cache }).toEqual({ status: 200, cache: "miss" });
@@ -1072,7 +1098,7 @@ describe("bad input: administration", () => {
       ["POST", "/admin/nodes/node-1/explode", /no such admin route/],
       ["GET", "/admin/", /no such admin route/],
       ["PUT", "/admin/nodes", /no such admin route/],
-      ["GET", "/admin/explain/%E0%A4%A", /explain/],
+      ["GET", "/admin/explain/%E0%A4%A", /percent-encoded/],
     ];
     for (const [method, path, says] of calls) {
       const reply = await world.send(method, path, undefined, admin);

@@ -62,6 +62,27 @@ describe("gcra", () => {
     );
   });
 
+  it("gcra: charges cost · period / limit, rounded up to whole ns, and never less (any numbers)", () => {
+    fc.assert(
+      fc.property(
+        fc.integer({ min: 1, max: 1_000_000_000 }),
+        fc.integer({ min: 0, max: 1_000_000_000 }),
+        (limit, cost) => {
+          const charged = BigInt(new Gcra(limit, MINUTE_MS, 1).spanNs(cost));
+          const product = BigInt(cost) * 60_000_000_000n;
+          const exact = (product + BigInt(limit) - 1n) / BigInt(limit);
+          const spanMax = BigInt(SPAN_MS_MAX) * 1_000_000n;
+          if (exact >= spanMax) expect(charged).toBe(spanMax);
+          else if (cost * limit < Number.MAX_SAFE_INTEGER) expect(charged).toBe(exact);
+          else expect([0n, 1n, 2n]).toContain(charged - exact);
+        },
+      ),
+      { numRuns: 2000 },
+    );
+    expect(new Gcra(7, MINUTE_MS, 1).spanNs(1)).toBe(8_571_428_572);
+    expect(new Gcra(7, MINUTE_MS, 1).spanNs(7)).toBe(60_000_000_000);
+  });
+
   it("gcra: grants over any time span ≤ rate · time + burst, exactly (any limit, burst and cost)", () => {
     const any = fc.oneof(
       fc.integer({ min: 1, max: 100 }),

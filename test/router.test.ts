@@ -283,18 +283,24 @@ describe("waiting", () => {
         outputTokens: 9000,
       });
     };
-    direct("y", "y");
-    for (let i = 0; i < 20; i++) direct(`x${i}`, "x");
+    world.change("a", { inflight: 100 }); // Both have waited before, y last.
+    world.choose("x", { tenant: "x", arrivedAtMs: 0 });
+    world.choose("y", { tenant: "y", arrivedAtMs: 1 });
+    world.change("a", { inflight: 0 });
+    world.grant();
+    world.grant();
+    direct("yy", "y");
+    for (let i = 0; i < 20; i++) direct(`xx${i}`, "x");
     world.change("a", { inflight: 100 });
-    for (let i = 0; i < 6; i++) world.choose(`yy${i}`, { tenant: "y", arrivedAtMs: i });
-    for (let i = 0; i < 6; i++) world.choose(`xx${i}`, { tenant: "x", arrivedAtMs: 10 + i });
+    for (let i = 0; i < 6; i++) world.choose(`Y${i}`, { tenant: "y", arrivedAtMs: i });
+    for (let i = 0; i < 6; i++) world.choose(`X${i}`, { tenant: "x", arrivedAtMs: 10 + i });
     const served: string[] = [];
     for (let i = 0; i < 6; i++) {
       world.change("a", { inflight: 99 });
-      served.push(world.asks()[0]?.message.leaseId.slice(0, 2) ?? "");
+      served.push(world.asks()[0]?.message.leaseId.slice(0, 1) ?? "");
       world.grant();
     }
-    expect(served.filter((tenant) => tenant === "xx")).toHaveLength(3);
+    expect(served.filter((tenant) => tenant === "X")).toHaveLength(3);
   });
 
   it("serves interactive before standard before batch, and a retry by its first arrival", () => {
@@ -376,10 +382,12 @@ describe("leaving", () => {
   it("takes a waiting request out of the queue", () => {
     const world = worldOf({ a: { inflight: 1, inflightMax: 1 } });
     const askId = world.choose("r1");
+    world.choose("r2");
     world.kit.send({ kind: "router.cancel", requestId: "r1" });
     expect(world.refused(askId)).toMatchObject({ code: "client_closed" });
+    expect(world.describe().pools[0]?.queued[0]?.waiting).toBe(1);
     world.change("a", { inflight: 0 });
-    expect(world.asks()).toEqual([]);
+    expect(world.asks()).toMatchObject([{ message: { leaseId: "r2#1" } }]);
     world.kit.send({ kind: "router.cancel", requestId: "r1" }); // Twice does nothing.
   });
 

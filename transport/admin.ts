@@ -44,10 +44,12 @@ export class Admin {
     try {
       return await this.#route(method, path.slice("/admin/".length).split("/"), query, body);
     } catch (error) {
-      // SyntaxError: a body that is no JSON. URIError: a name in the path that is not well encoded.
-      const isTheirs =
-        error instanceof ConfigError || error instanceof SyntaxError || error instanceof URIError;
-      if (isTheirs) return refusal("invalid_request", error.message);
+      if (error instanceof URIError) {
+        return refusal("invalid_request", "the name in the path is not percent-encoded UTF-8");
+      }
+      if (error instanceof ConfigError || error instanceof SyntaxError) {
+        return refusal("invalid_request", error.message);
+      }
       return refusal("internal", String(error)); // An operator's call must not end the process.
     }
   }

@@ -20,6 +20,7 @@ import type { OptionsInput } from "./options.ts";
 import type { Explanation } from "./records.ts";
 
 export type { StateSnapshot } from "./metrics.ts";
+export { ConfigError } from "./config.ts";
 export type { OptionsInput } from "./options.ts";
 export type { Explanation } from "./records.ts";
 

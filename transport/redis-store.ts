@@ -13,43 +13,21 @@
  */
 import { createHash } from "node:crypto";
 import { crc32 } from "node:zlib";
-import type { Cluster, Redis, RedisOptions } from "ioredis";
+import type { Cluster, Redis } from "ioredis";
 import type { StoreCommand, StoreGot } from "../actors/edges.ts";
 import type { Route, StoredAnswer } from "../actors/protocol.ts";
-import { type Actor, type ReplyTo, unreachable } from "../runtime/actor.ts";
+import { type Actor, assert, type ReplyTo, unreachable } from "../runtime/actor.ts";
+import type { Log } from "./log.ts";
+import type { Options } from "./options.ts";
 
-/** One of `url`, `clusterNodes` and `sentinels` says where Redis is. */
-export type RedisStoreOptions = {
-  /** redis:// or rediss:// */
-  url?: string;
-  /** host:port of some nodes of a cluster. */
-  clusterNodes?: readonly string[];
-  /** host:port of sentinels, and the master's name there. */
-  sentinels?: readonly string[];
-  sentinelMaster?: string;
-  username?: string;
-  password?: string;
-  /** For cluster nodes and sentinels; a URL says so itself. */
-  tls: boolean;
-  keyPrefix: string;
-  /** A lookup's time; later is a miss. */
-  timeoutMs: number;
-};
+/** Where Redis is, and how long a lookup may take. */
+export type StoreOptions = Pick<Options["cache"], "storeTimeoutMs" | "redis">;
+type RedisPlace = NonNullable<StoreOptions["redis"]>;
 
-/** What the operator should know of. */
-export type StoreEvent =
-  | { kind: "store.connected" }
-  | { kind: "store.disconnected"; detail: string }
-  /** Entries are evicted by another rule than least recently used, or not at all. */
-  | { kind: "store.misconfigured"; detail: string };
+/** What the operator should know of goes to the log: lost and found, a policy that does not suit a cache. */
+export type StoreLog = Pick<Log, "info" | "warn">;
 
-export type RedisStoreDeps = {
-  reply: <R>(to: ReplyTo<R>, value: R) => void;
-  nowMs: () => number;
-  /** Uniform in [0, 1). */
-  random: () => number;
-  emit: (event: StoreEvent) => void;
-};
+type Reply = <R>(to: ReplyTo<R>, value: R) => void;
 
 /** Counts since the start, and Redis as last seen. */
 export type StoreStats = {
@@ -80,6 +58,9 @@ export type StoreStats = {
   policyOk?: boolean;
 };
 
+type Miss = Extract<keyof StoreStats, `misses${string}`>;
+type Results = readonly [Error | null, unknown][];
+
 /** Housekeeping (scan, info, writes) may take longer than a lookup. */
 const COMMAND_TIMEOUT_MS = 1000;
 const CONNECT_TIMEOUT_MS = 1000;
@@ -93,18 +74,21 @@ const PUTS_OPEN_MAX = 256;
 const SCAN_COUNT = 500;
 const POLICY = "allkeys-lru";
 
-/** Starts connecting and returns; until Redis is there, lookups are misses. */
-export async function createRedisStore(
-  options: RedisStoreOptions,
-  deps: RedisStoreDeps,
-): Promise<RedisStore> {
+/**
+ * Starts connecting and returns; until Redis is there, lookups are misses.
+ * @throws AssertionError when no Redis is configured.
+ */
+export async function openRedisStore(options: StoreOptions, log: StoreLog): Promise<RedisStore> {
+  const { redis } = options;
+  assert(redis !== undefined, "a store is opened where Redis is configured");
+  const client = await connect(redis);
+  return new RedisStore(client, redis.keyPrefix, options.storeTimeoutMs, log);
+}
+
+async function connect(redis: RedisPlace): Promise<Redis | Cluster> {
   const ioredis = await import("ioredis");
-  const reconnectMs = (times: number): number => {
-    const ms = Math.min(RECONNECT_MS_MAX, RECONNECT_MS * 2 ** Math.min(times, 10));
-    return Math.round(ms * (0.5 + deps.random() / 2));
-  };
-  const { username, password, url } = options;
-  const common: RedisOptions = {
+  const { username, password, clusterNodes, sentinels, sentinelMaster, url } = redis;
+  const common = {
     ...(username === undefined ? {} : { username }),
     ...(password === undefined ? {} : { password }),
     protocol: 2, // Nothing here needs RESP3, and proxies and old servers do not have it.
@@ -114,37 +98,47 @@ export async function createRedisStore(
     autoResendUnfulfilledCommands: false,
     maxRetriesPerRequest: 0,
     disableClientInfo: true,
-  };
-  const tls = options.tls ? { tls: {} } : {};
-  if (options.clusterNodes !== undefined) {
-    const cluster = new ioredis.Cluster(options.clusterNodes.map(hostPort), {
-      redisOptions: { ...common, ...tls },
-      enableOfflineQueue: false,
+  } as const;
+  const tls = redis.tls ? { tls: {} } : {};
+  if (clusterNodes !== undefined) {
+    const { enableOfflineQueue, ...nodeOptions } = common;
+    return new ioredis.Cluster(clusterNodes.map(hostPort), {
+      redisOptions: { ...nodeOptions, ...tls },
+      enableOfflineQueue,
       clusterRetryStrategy: reconnectMs,
       maxRedirections: 3,
       slotsRefreshTimeout: CONNECT_TIMEOUT_MS,
     });
-    return new RedisStore(cluster, options, deps);
   }
-  const single: RedisOptions = { ...common, retryStrategy: reconnectMs };
-  if (options.sentinels !== undefined) {
-    const redis = new ioredis.Redis({
-      ...single,
+  if (sentinels !== undefined) {
+    return new ioredis.Redis({
+      ...common,
       ...tls,
-      ...(options.tls ? { enableTLSForSentinelMode: true } : {}),
-      sentinels: options.sentinels.map(hostPort),
-      name: options.sentinelMaster ?? "",
+      retryStrategy: reconnectMs,
+      sentinels: sentinels.map(hostPort),
+      name: sentinelMaster ?? "",
       sentinelRetryStrategy: reconnectMs,
+      ...(redis.tls ? { enableTLSForSentinelMode: true } : {}),
     });
-    return new RedisStore(redis, options, deps);
   }
-  return new RedisStore(new ioredis.Redis(url ?? "", single), options, deps);
+  return new ioredis.Redis(url ?? "", { ...common, retryStrategy: reconnectMs });
 }
 
-export class RedisStore implements Actor<StoreCommand> {
+/** Grows from 100 ms to 5 s, then cut by up to a half, so that many gateways do not come back at once. */
+function reconnectMs(times: number): number {
+  const ms = Math.min(RECONNECT_MS_MAX, RECONNECT_MS * 2 ** Math.min(times, 10));
+  return Math.round(withJitter(ms));
+}
+
+function withJitter(ms: number): number {
+  return ms * (0.5 + Math.random() / 2);
+}
+
+export class RedisStore {
   readonly #client: Redis | Cluster;
-  readonly #options: RedisStoreOptions;
-  readonly #deps: RedisStoreDeps;
+  readonly #keyPrefix: string;
+  readonly #timeoutMs: number;
+  readonly #log: StoreLog;
   readonly #counts = {
     hits: 0,
     misses: 0,
@@ -170,15 +164,21 @@ export class RedisStore implements Actor<StoreCommand> {
   #healthTimer: NodeJS.Timeout | null = null;
   #closed = false;
 
-  constructor(client: Redis | Cluster, options: RedisStoreOptions, deps: RedisStoreDeps) {
+  constructor(client: Redis | Cluster, keyPrefix: string, timeoutMs: number, log: StoreLog) {
     this.#client = client;
-    this.#options = options;
-    this.#deps = deps;
+    this.#keyPrefix = keyPrefix;
+    this.#timeoutMs = timeoutMs;
+    this.#log = log;
     client.on("ready", () => this.#onReady());
     client.on("close", () => this.#onClose());
     client.on("error", (error: Error) => {
       this.#lastError = codeOf(error);
     });
+  }
+
+  /** The actor; @param reply answers an ask from outside a turn. */
+  edge(reply: Reply): Actor<StoreCommand> {
+    return { receive: (command) => this.#receive(command, reply) };
   }
 
   stats(): StoreStats {
@@ -190,16 +190,17 @@ export class RedisStore implements Actor<StoreCommand> {
     };
   }
 
-  receive(command: StoreCommand): void {
+  #receive(command: StoreCommand, reply: Reply): void {
     switch (command.kind) {
       case "store.get":
-        return this.#onGet(command);
+        return this.#lookUp(this.#name(command.tenant, command.key), (got) =>
+          reply(command.replyTo, got),
+        );
       case "store.put":
         return this.#onPut(command);
       case "store.purge":
-        return void this.#purge(command.tenant).then((removed) =>
-          this.#deps.reply(command.replyTo, { removed }),
-        );
+        void this.#purge(command.tenant).then((removed) => reply(command.replyTo, { removed }));
+        return;
       default:
         return unreachable(command);
     }
@@ -223,65 +224,45 @@ export class RedisStore implements Actor<StoreCommand> {
 
   // ---- lookups and writes -----------------------------------------------------------------------------------
 
-  #onGet({ key, tenant, replyTo }: Extract<StoreCommand, { kind: "store.get" }>): void {
-    if (!this.#connected) return this.#miss("missesAway", replyTo);
-    if (!this.#mayAsk()) return this.#miss("missesResting", replyTo);
-    const name = this.#name(tenant, key);
+  /** Calls `answer` once: at once, when Redis has replied, or when its time is over. */
+  #lookUp(name: string, answer: (got: StoreGot) => void): void {
+    const miss = (why: Miss): void => {
+      this.#counts[why]++;
+      answer({ ttlMs: 0 });
+    };
+    if (!this.#connected) return miss("missesAway");
+    if (!this.#mayAsk()) return miss("missesResting");
     let open = true;
     const timer = setTimeout(() => {
       open = false;
       this.#rest();
-      this.#miss("missesLate", replyTo);
-    }, this.#options.timeoutMs);
-    const end = (results: readonly [Error | null, unknown][] | null): void => {
+      miss("missesLate");
+    }, this.#timeoutMs);
+    const end = (results: Results | null): void => {
       if (!open) return; // Late: the miss has been told.
       open = false;
       clearTimeout(timer);
-      this.#onGot(results, name, replyTo);
+      const got = this.#found(results, name);
+      if (typeof got === "string") return miss(got);
+      this.#counts.hits++;
+      answer(got);
     };
-    this.#client
-      .pipeline()
-      .getBuffer(name)
-      .pttl(name)
-      .exec()
-      .then(end, () => end(null));
+    const both = this.#client.pipeline().getBuffer(name).pttl(name);
+    both.exec().then(end, () => end(null));
   }
 
-  #onGot(
-    results: readonly [Error | null, unknown][] | null,
-    name: string,
-    replyTo: ReplyTo<StoreGot>,
-  ): void {
+  #found(results: Results | null, name: string): StoreGot | Miss {
     const [[valueError, value] = [null], [ttlError, ttlMs] = [null]] = results ?? [];
     if (results === null || valueError instanceof Error || ttlError instanceof Error) {
-      this.#trying = false;
-      return this.#miss("missesFailed", replyTo);
+      this.#trying = false; // The connection broke, or Redis refuses: the next lookup sees.
+      return "missesFailed";
     }
     this.#wake();
-    if (!(value instanceof Uint8Array) || typeof ttlMs !== "number" || ttlMs <= 0) {
-      return this.#miss("misses", replyTo);
-    }
+    if (!(value instanceof Uint8Array) || typeof ttlMs !== "number" || ttlMs <= 0) return "misses";
     const answer = decodeAnswer(value);
-    if (answer === null) {
-      this.#client.unlink(name).catch(() => undefined);
-      return this.#miss("missesCorrupt", replyTo);
-    }
-    this.#counts.hits++;
-    this.#deps.reply(replyTo, { answer, ttlMs });
-  }
-
-  #miss(
-    why:
-      | "misses"
-      | "missesAway"
-      | "missesLate"
-      | "missesResting"
-      | "missesFailed"
-      | "missesCorrupt",
-    replyTo: ReplyTo<StoreGot>,
-  ): void {
-    this.#counts[why]++;
-    this.#deps.reply(replyTo, { ttlMs: 0 });
+    if (answer !== null) return { answer, ttlMs };
+    this.#client.unlink(name).catch(() => undefined);
+    return "missesCorrupt";
   }
 
   #onPut({ key, tenant, answer, ttlMs }: Extract<StoreCommand, { kind: "store.put" }>): void {
@@ -305,14 +286,14 @@ export class RedisStore implements Actor<StoreCommand> {
   }
 
   #name(tenant: string, key: string): string {
-    return `${this.#options.keyPrefix}v1:answer:${tenantHash(tenant)}:${key}`;
+    return `${this.#keyPrefix}v1:answer:${tenantHash(tenant)}:${key}`;
   }
 
   // ---- resting ----------------------------------------------------------------------------------------------
 
   #mayAsk(): boolean {
     if (this.#restUntilMs === 0) return true;
-    if (this.#trying || this.#deps.nowMs() < this.#restUntilMs) return false;
+    if (this.#trying || performance.now() < this.#restUntilMs) return false;
     this.#trying = true;
     return true;
   }
@@ -321,7 +302,7 @@ export class RedisStore implements Actor<StoreCommand> {
     // Lookups that were out together end together: they are one reason to rest, not many.
     if (this.#restUntilMs > 0 && !this.#trying) return;
     this.#trying = false;
-    this.#restUntilMs = this.#deps.nowMs() + this.#restMs * (0.5 + this.#deps.random() / 2);
+    this.#restUntilMs = performance.now() + withJitter(this.#restMs);
     this.#restMs = Math.min(REST_MS_MAX, this.#restMs * 2);
   }
 
@@ -336,7 +317,7 @@ export class RedisStore implements Actor<StoreCommand> {
   /** Removes a tenant's entries, or all, in small steps; what cannot be reached stays and expires. */
   async #purge(tenant: string | undefined): Promise<number> {
     const of = tenant === undefined ? "*" : `${tenantHash(tenant)}:*`;
-    const pattern = `${this.#options.keyPrefix.replace(/[*?[\]\\]/g, "\\$&")}v1:answer:${of}`;
+    const pattern = `${this.#keyPrefix.replace(/[*?[\]\\]/g, "\\$&")}v1:answer:${of}`;
     let removed = 0;
     try {
       for (const master of this.#masters()) {
@@ -367,7 +348,7 @@ export class RedisStore implements Actor<StoreCommand> {
     if (this.#closed) return;
     this.#connected = true;
     this.#wake();
-    this.#deps.emit({ kind: "store.connected" });
+    this.#log.info({}, "Redis is connected");
     void this.#checkHealth();
   }
 
@@ -375,15 +356,19 @@ export class RedisStore implements Actor<StoreCommand> {
     if (!this.#connected) return;
     this.#connected = false;
     this.#counts.disconnects++;
-    if (!this.#closed) this.#deps.emit({ kind: "store.disconnected", detail: this.#lastError });
+    if (this.#closed) return;
+    this.#log.warn(
+      { reason: this.#lastError },
+      "Redis is away: its lookups are misses until it is back",
+    );
   }
 
   async #checkHealth(): Promise<void> {
     if (this.#healthTimer !== null) clearTimeout(this.#healthTimer);
     try {
-      const askedAtMs = this.#deps.nowMs();
+      const askedAtMs = performance.now();
       const infos = await Promise.all(this.#masters().map((master) => master.info("memory")));
-      const latencyMs = this.#deps.nowMs() - askedAtMs;
+      const latencyMs = performance.now() - askedAtMs;
       const policies = infos.map((info) => fieldOf(info, "maxmemory_policy") ?? "unknown");
       const sum = (field: string): number =>
         infos.reduce((total, info) => total + (Number(fieldOf(info, field)) || 0), 0);
@@ -406,10 +391,10 @@ export class RedisStore implements Actor<StoreCommand> {
     if (policy === this.#policyTold) return;
     this.#policyTold = policy;
     if (policy === POLICY) return;
-    this.#deps.emit({
-      kind: "store.misconfigured",
-      detail: `maxmemory-policy is ${policy}, not ${POLICY}: a full Redis will refuse writes or evict others' keys first`,
-    });
+    this.#log.warn(
+      { policy, wanted: POLICY },
+      "Redis has a maxmemory-policy that does not suit a cache: when full it refuses writes, or evicts others' keys first",
+    );
   }
 }
 
@@ -440,8 +425,8 @@ function codeOf(error: unknown): string {
  *   offset  bytes
  *   0       2      "HR"
  *   2       1      version, 1
- *   3       1      route (index in `routes`)
- *   4       4      CRC-32 of everything from 8 on
+ *   3       4      CRC-32 of everything from 7 on
+ *   7       1      route (index in `routes`)
  *   8       4      prompt tokens
  *   12      4      output tokens
  *   16      2      length of the model's name
@@ -458,14 +443,14 @@ export function encodeAnswer(answer: StoredAnswer): Buffer {
   const value = Buffer.allocUnsafe(HEADER_BYTES + model.length + answer.body.byteLength);
   value.write("HR", 0, "latin1");
   value[2] = VERSION;
-  value[3] = Math.max(0, routes.indexOf(answer.route));
+  value[7] = Math.max(0, routes.indexOf(answer.route));
   value.writeUInt32BE(Math.min(UINT32_MAX, answer.promptTokens), 8);
   value.writeUInt32BE(Math.min(UINT32_MAX, answer.outputTokens), 12);
   value.writeUInt16BE(model.length, 16);
   value.writeUInt32BE(answer.body.byteLength, 18);
   value.set(model, HEADER_BYTES);
   value.set(answer.body, HEADER_BYTES + model.length);
-  value.writeUInt32BE(crc32(value.subarray(8)), 4);
+  value.writeUInt32BE(crc32(value.subarray(7)), 3);
   return value;
 }
 
@@ -473,12 +458,12 @@ export function encodeAnswer(answer: StoredAnswer): Buffer {
 export function decodeAnswer(bytes: Uint8Array): StoredAnswer | null {
   const value = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (value.length < HEADER_BYTES || value.toString("latin1", 0, 2) !== "HR") return null;
-  const route = routes[value[3] ?? -1];
+  const route = routes[value[7] ?? -1];
   const modelLength = value.readUInt16BE(16);
   const bodyLength = value.readUInt32BE(18);
   if (value[2] !== VERSION || route === undefined) return null;
   if (value.length !== HEADER_BYTES + modelLength + bodyLength) return null;
-  if (value.readUInt32BE(4) !== crc32(value.subarray(8))) return null;
+  if (value.readUInt32BE(3) !== crc32(value.subarray(7))) return null;
   const bodyFrom = HEADER_BYTES + modelLength;
   return {
     body: value.subarray(bodyFrom),
