@@ -99,6 +99,7 @@ export type FlightResult =
    *  and the next participant leads. */
   | { kind: "failed"; code: ErrorCode; message?: string; retryAfterMs?: number; shared: boolean };
 
+/** Every participant's news is on its way. */
 export type FlightClosed = { kind: "closed" };
 
 /** What a participant hears of its flight, each at most once, in this order. */

@@ -77,6 +77,7 @@ export type CircuitOptions = {
   slowStartWeightMin: number;
 };
 
+/** The defaults stated beside each option. */
 export const circuitDefaults: Readonly<CircuitOptions> = {
   localFailures: 3,
   gatewayFailures: 5,

@@ -125,6 +125,7 @@ export type FrontCommand =
 
 // ---- store: the shared, surviving copy of the cache ----------------------------------------------------------
 
+/** What the cache asks of the shared store; an entry that cannot be had is a miss, never an error. */
 export type StoreCommand =
   | { kind: "store.get"; key: string; tenant: string; replyTo: ReplyTo<StoreGot> }
   | { kind: "store.put"; key: string; tenant: string; answer: StoredAnswer; ttlMs: number }
@@ -135,10 +136,12 @@ export type StoreGot = { answer?: StoredAnswer; ttlMs: number };
 
 // ---- scraper: engine metrics, health and models ---------------------------------------------------------------
 
+/** Which nodes are looked at, and who is told. */
 export type ScraperCommand =
   | { kind: "scraper.add"; node: NodeId; replyTo: ActorRef<ScraperEvent> }
   | { kind: "scraper.remove"; node: NodeId };
 
+/** What a look at a node found; sent to its actor. */
 export type ScraperEvent =
   | { kind: "scraper.sampled"; sample: ScrapeSample }
   | { kind: "scraper.failed"; reason: string }

@@ -48,6 +48,7 @@ export type QueueEntry = {
   readonly deadlineAtMs: number;
 };
 
+/** What became of an entry that was offered; the bounds that refuse are those of the options. */
 export type Offer = "queued" | "key_full" | "pool_full";
 
 /** The price of an output token; a prompt token costs 1. */

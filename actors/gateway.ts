@@ -105,11 +105,13 @@ export class GatewayRefs {
   }
 }
 
+/** Supervisor of the node actors: where a node that is added later is spawned. */
 export const NODES_PATH = "headrace/nodes";
 
 /** One actor's mail under load: every open request may have a few messages under way. */
 const REQUESTS_MAILBOX_MAX = 65_536;
 
+/** The whole tree of one process. Throws nothing: actors assert their options when they start. */
 export function gatewayTree(
   settings: GatewaySettings,
   refs: GatewayRefs,

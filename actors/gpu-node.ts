@@ -91,8 +91,10 @@ export type GpuNodeMessage =
   | { kind: "gpu_node.describe"; replyTo: ReplyTo<NodeDescription> }
   | ScraperEvent;
 
+/** To each subscribed router, at every change of the node. */
 export type NodeChanged = { kind: "router.node_changed"; snapshot: NodeSnapshot };
 
+/** A lease, or why not; both carry the node as it is now. */
 export type AcquireReply =
   | { kind: "granted"; leaseId: LeaseId; node: NodeId; probe: boolean; snapshot: NodeSnapshot }
   | { kind: "denied"; reason: "full" | "open" | "draining" | "probe_busy"; snapshot: NodeSnapshot };

@@ -18,6 +18,7 @@
 import { unreachable } from "../runtime/actor.ts";
 import type { CandidateFact, CircuitState, NodeId, NodeSnapshot } from "./protocol.ts";
 
+/** How a node can be chosen; the first is the default. */
 export const strategyNames = [
   "headroom",
   "round_robin",
@@ -27,6 +28,7 @@ export const strategyNames = [
   "prequal",
   "article",
 ] as const;
+/** One of `strategyNames`. */
 export type StrategyName = (typeof strategyNames)[number];
 
 export type RankingOptions = {
@@ -80,6 +82,7 @@ export type Wanted = {
   /** Prompt tokens of this key that nodes have seen before; few. */
   readonly sent: readonly SentPrompt[];
 };
+/** Prompt tokens of an affinity key that went to a node before, and are probably cached there. */
 export type SentPrompt = { readonly node: NodeId; readonly tokens: number };
 
 /** Uniform in [0, 1); a context is one. */
@@ -269,6 +272,7 @@ function mayReturn(view: NodeView, exclusion: Exclusion, nowMs: number): boolean
 
 // ---- one pool ---------------------------------------------------------------------------------------------
 
+/** The nodes of one pool as candidates: filtered for each request, then given to a strategy. */
 export class Field {
   /** In the order in which they joined. */
   readonly views: NodeView[] = [];
@@ -506,6 +510,7 @@ export interface Strategy {
   explain(view: NodeView, field: Field, wanted: Wanted, fact: CandidateFact): void;
 }
 
+/** The strategy that `options` name, with its state fresh. */
 export function makeStrategy(options: RankingOptions): Strategy {
   switch (options.strategy) {
     case "headroom":

@@ -12,7 +12,9 @@ export type NodeId = string;
 /** `<requestId>#<attempt>`: one attempt of one request on one node. */
 export type LeaseId = string;
 
+/** What a request asks for; "other" is passed through unread. */
 export type Route = "chat" | "completions" | "embeddings" | "other";
+/** Band of the fair queue, highest first. */
 export type Priority = "interactive" | "standard" | "batch";
 
 /** What one API key may use; absent = unlimited. Token limits count prompt and output tokens. */
@@ -79,6 +81,7 @@ export type StoredAnswer = {
 /** Token counts of one attempt: as the engine states them, else counted from the stream. */
 export type Usage = { promptTokens: number; cachedTokens: number; outputTokens: number };
 
+/** closed = requests pass, open = none does, half_open = a few try the node. */
 export type CircuitState = "closed" | "open" | "half_open";
 
 /** Signals of one scrape of an engine. */
@@ -195,6 +198,7 @@ export type CandidateFact = {
   scrapeAgeMs?: number;
 };
 
+/** How the cache took part in an answer. */
 export type CacheVerdict = "miss" | "hit_exact" | "hit_semantic" | "joined" | "bypass";
 
 /** The whole story of a request, emitted once as `request.finished`. */

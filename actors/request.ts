@@ -56,6 +56,7 @@ import { backoffMs, failureRules } from "./retry-policy.ts";
 import type { ChooseReply, RouterMessage } from "./router.ts";
 import { TtftBands } from "./ttft-bands.ts";
 
+/** What the request actor is told: by the front, by the upstream edge, by caches, and by its own asks and timers. */
 export type RequestMessage =
   | { kind: "request.submit"; facts: RequestFacts }
   | { kind: "request.client_left"; requestId: RequestId }
@@ -83,6 +84,7 @@ type Admitted = {
 };
 type Chosen = { kind: "request.chosen"; requestId: RequestId; outcome: AskOutcome<ChooseReply> };
 
+/** Open requests, in all and by phase. */
 export type RequestDescription = { byPhase: Readonly<Record<Phase, number>>; open: number };
 
 export type RequestOptions = {

@@ -20,6 +20,7 @@ export type FailureRule = {
 
 const anyNumber = Number.POSITIVE_INFINITY; // Bounded by attemptsMax.
 
+/** The rule for each kind of failure before the first content token; after it there is no retry. */
 export const failureRules = {
   connect: {
     retriesMax: anyNumber,

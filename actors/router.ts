@@ -104,6 +104,7 @@ type Acquired = {
 };
 type NodeEnded = { kind: "router.node_ended"; node: NodeId; terminated: Terminated };
 
+/** Where an attempt goes, with its lease; or why it goes nowhere. `queuedMs`: time in the fair queue. */
 export type ChooseReply =
   | {
       kind: "placed";
@@ -120,6 +121,7 @@ export type ChooseReply =
       decision: Decision;
     };
 
+/** The router's pools, queues and retry budgets, for people. */
 export type RouterDescription = {
   strategy: string;
   pools: readonly {

@@ -112,6 +112,7 @@ export class Front implements Actor<FrontCommand> {
   /** Whole bodies made from streams, for those who joined a stream without streaming themselves. */
   readonly #gathered = new WeakMap<Answer, Uint8Array>();
   #options: FrontOptions;
+  #requestsStarted = false;
   #draining = false;
   #sequence = 0;
   #onIdle: (() => void) | null = null;
@@ -354,6 +355,11 @@ export class Front implements Actor<FrontCommand> {
         this.#deps.data.answers.delete(message.requestId);
         return;
       case "front.requests_lost":
+        // The first one tells only that the request actor has started; what came before waits in its mailbox.
+        if (!this.#requestsStarted) {
+          this.#requestsStarted = true;
+          return;
+        }
         for (const open of [...this.#open.values()]) {
           if (open.state === "waiting") this.#fail(open, "internal");
           else this.#breakOff(open, "internal");

@@ -29,6 +29,8 @@ import { ScraperEdge, type ScraperOptions } from "./scraper.ts";
 import { gatewaySettings, nodeSettings } from "./settings.ts";
 import { UpstreamEdge, type UpstreamOptions, upstreamDefaults } from "./upstream.ts";
 
+/** How long a start waits for nodes to tell their models; a node that is down then joins when it is up. */
+const MODELS_WAIT_MS = 2000;
 /** How long an actor may take to describe itself for an operator. */
 const DESCRIBE_MS = 1000;
 
@@ -52,9 +54,10 @@ export class Gateway {
   #options: Options;
   #keys: KeyTable;
   #closed: Promise<void> | null = null;
+  #onModelsKnown: () => void = () => {};
 
   /**
-   * Builds and starts everything; no port is opened.
+   * Builds and starts everything; no port is opened. Resolves once the nodes have told their models, or after 2 s.
    * @param onFatal called when the actor system gives up: the process should end with a failure.
    */
   static async start(
@@ -68,7 +71,9 @@ export class Gateway {
       redis === undefined
         ? undefined
         : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
-    return new Gateway(options, log, store, onFatal);
+    const gateway = new Gateway(options, log, store, onFatal);
+    await gateway.#untilModelsKnown();
+    return gateway;
   }
 
   private constructor(
@@ -205,6 +210,18 @@ export class Gateway {
     this.#learnModels();
   }
 
+  /** So that the first request does not meet nodes whose models nobody knows yet. */
+  #untilModelsKnown(): Promise<void> {
+    if (this.#served.complete) return Promise.resolve();
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, MODELS_WAIT_MS);
+      this.#onModelsKnown = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+  }
+
   #learnModels(): void {
     const names = new Set<string>();
     let complete = true;
@@ -214,6 +231,7 @@ export class Gateway {
       for (const adapter of options.adapters ?? []) names.add(adapter);
     }
     this.#served = { names: [...names].sort(), complete };
+    if (complete) this.#onModelsKnown();
   }
 
   /** A model that is served, as soon as one is known; undefined when `signal` aborts first. */
