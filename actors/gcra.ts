@@ -61,7 +61,6 @@ export class Gcra {
   /** Time in which `cost` units (whole, ≥ 0) are allowed again: what `reserve` charges, rounded up; in ns. */
   spanNs(cost: number): number {
     const wholeNs = cost * this.#wholeNs;
-    if (!(wholeNs < SPAN_NS_MAX)) return SPAN_NS_MAX;
     const rest = cost * this.#restNs;
     // Below 2⁵³ the quotient's rounding never crosses a whole number; above, one more ns is on the safe side.
     const restNs = Math.ceil(rest / this.#limit) + (rest <= Number.MAX_SAFE_INTEGER ? 0 : 1);

@@ -60,8 +60,6 @@ export type RequestFacts = {
   maxTokens?: number;
   arrivedAtMs: number;
   deadlineAtMs: number;
-  /** Client's wish for the first token, when stated; ms from arrival. */
-  firstTokenMs?: number;
   /** Chained block hashes, only while a recording runs. */
   prefix?: number[];
   session?: string;

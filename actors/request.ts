@@ -38,6 +38,7 @@ import type {
 } from "./edges.ts";
 import { type ErrorCode, errorFacts } from "./errors.ts";
 import type { GpuNodeMessage } from "./gpu-node.ts";
+import { limitStateAt } from "./limit-state.ts";
 import type {
   AttemptFact,
   CacheVerdict,
@@ -900,13 +901,14 @@ export class RequestActor implements Actor<RequestMessage> {
   // ---- small things -----------------------------------------------------------------------------------
 
   #answerFacts(request: Request, nowMs: number, ageMs?: number): AnswerFacts {
-    const limits = request.limits ?? this.#limitStates.get(request.facts.limitKey);
+    const { limitKey, limits: own } = request.facts;
+    const limits = limitStateAt(request.limits ?? this.#limitStates.get(limitKey), own, nowMs);
     return {
       cache: request.cache,
       attempts: request.attempt,
       queuedMs: request.queuedMs,
       ...(ageMs === undefined ? {} : { ageMs }),
-      ...(limits === undefined ? {} : { limits: limitStateAt(limits, nowMs) }),
+      ...(limits === undefined ? {} : { limits }),
     };
   }
 
@@ -928,22 +930,3 @@ export class RequestActor implements Actor<RequestMessage> {
 
 /** The event that carries a request's whole story to the host. */
 export type RequestFinished = { kind: "request.finished"; record: RequestRecord };
-
-/** What an allowance has become since it was stated: it refills evenly until whole. */
-export function limitStateAt(state: LimitState, nowMs: number): LimitState {
-  const elapsedMs = Math.max(0, nowMs - state.atMs);
-  const later = (part: { limit: number; remaining: number; resetMs: number }) => {
-    if (elapsedMs >= part.resetMs) return { limit: part.limit, remaining: part.limit, resetMs: 0 };
-    const refilled = ((part.limit - part.remaining) * elapsedMs) / part.resetMs;
-    return {
-      limit: part.limit,
-      remaining: Math.floor(part.remaining + refilled),
-      resetMs: part.resetMs - elapsedMs,
-    };
-  };
-  return {
-    atMs: nowMs,
-    ...(state.requests === undefined ? {} : { requests: later(state.requests) }),
-    ...(state.tokens === undefined ? {} : { tokens: later(state.tokens) }),
-  };
-}

@@ -7,27 +7,48 @@ function answer(bytes: number, model = "m"): StoredAnswer {
   return { body: new Uint8Array(0), bytes, route: "chat", model, promptTokens: 1, outputTokens: 1 };
 }
 
-const KEYS = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7"];
+const KEYS = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8", "k9", "ka", "kb", "kc", "kd"];
 const key = fc.constantFrom(...KEYS);
 const tenant = fc.constantFrom("red", "blue");
 const bytes = fc.integer({ min: 0, max: 2500 });
 const operation = fc.oneof(
-  fc.record({
-    op: fc.constant("put" as const),
-    key,
-    tenant,
-    bytes,
-    ttlMs: fc.integer({ min: 1, max: 30 }),
-  }),
-  fc.record({ op: fc.constant("lookup" as const), key, tenant }),
-  fc.record({ op: fc.constant("delete" as const), key }),
-  fc.record({ op: fc.constant("purge" as const), tenant: fc.option(tenant, { nil: undefined }) }),
-  fc.record({ op: fc.constant("sweep" as const), entriesMax: fc.integer({ min: 1, max: 5 }) }),
-  fc.record({
-    op: fc.constant("resize" as const),
-    bytesMax: fc.integer({ min: 8000, max: 30_000 }),
-  }),
-  fc.record({ op: fc.constant("wait" as const), ms: fc.integer({ min: 1, max: 20 }) }),
+  {
+    weight: 12,
+    arbitrary: fc.record({
+      op: fc.constant("put" as const),
+      key,
+      tenant,
+      bytes,
+      ttlMs: fc.integer({ min: 1, max: 300 }),
+    }),
+  },
+  { weight: 8, arbitrary: fc.record({ op: fc.constant("lookup" as const), key, tenant }) },
+  { weight: 2, arbitrary: fc.record({ op: fc.constant("delete" as const), key }) },
+  {
+    weight: 1,
+    arbitrary: fc.record({
+      op: fc.constant("purge" as const),
+      tenant: fc.option(tenant, { nil: undefined }),
+    }),
+  },
+  {
+    weight: 1,
+    arbitrary: fc.record({
+      op: fc.constant("sweep" as const),
+      entriesMax: fc.integer({ min: 1, max: 5 }),
+    }),
+  },
+  {
+    weight: 1,
+    arbitrary: fc.record({
+      op: fc.constant("resize" as const),
+      bytesMax: fc.integer({ min: 8000, max: 30_000 }),
+    }),
+  },
+  {
+    weight: 3,
+    arbitrary: fc.record({ op: fc.constant("wait" as const), ms: fc.integer({ min: 1, max: 20 }) }),
+  },
 );
 
 type Kept = {

@@ -81,6 +81,8 @@ describe("gcra", () => {
     );
     expect(new Gcra(7, MINUTE_MS, 1).spanNs(1)).toBe(8_571_428_572);
     expect(new Gcra(7, MINUTE_MS, 1).spanNs(7)).toBe(60_000_000_000);
+    // One part in 700,000,001 above a whole ns, in numbers too large for a double to show it.
+    expect(new Gcra(700_000_001, MINUTE_MS, 1).spanNs(474_833_334)).toBe(40_700_000_000);
   });
 
   it("gcra: grants over any time span ≤ rate · time + burst, exactly (any limit, burst and cost)", () => {
@@ -199,6 +201,15 @@ describe("gcra", () => {
         },
       ),
     );
+  });
+
+  it("gcra: remaining is right where the quotient of two doubles is not", () => {
+    expect(new Gcra(41, MINUTE_MS, 123).remaining(0)).toBe(123); // Comes out just below 123.
+    const gcra = new Gcra(700_000_001, MINUTE_MS, 700_000_001);
+    gcra.reserve(700_000_001, 0);
+    gcra.settle(gcra.spanNs(474_833_334) - 1, 0, 0); // One ns too little for as many; comes out as if it were not.
+    expect(gcra.remaining(0)).toBe(474_833_333);
+    expect(gcra.waitMs(474_833_334, 0)).toBeGreaterThan(0);
   });
 
   it("gcra: a refund leaves it as if nothing had been reserved (all of it, at once or later)", () => {

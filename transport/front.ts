@@ -243,8 +243,6 @@ export class Front implements Actor<FrontCommand> {
     const nowMs = this.#deps.nowMs();
     const timeoutMs = headerMs(incoming, "x-request-timeout-ms");
     if (typeof timeoutMs === "string") return bad("invalid_request", timeoutMs);
-    const firstTokenMs = headerMs(incoming, "x-slo-ttft-ms");
-    if (typeof firstTokenMs === "string") return bad("invalid_request", firstTokenMs);
     const cacheControl = incoming.header("cache-control")?.toLowerCase() ?? "";
     const session = incoming.header("x-session-id");
     const bypass = this.#options.cacheEnabled ? request.cacheBypass : "cache is off";
@@ -272,7 +270,6 @@ export class Front implements Actor<FrontCommand> {
       ...(request.maxTokens === undefined ? {} : { maxTokens: request.maxTokens }),
       arrivedAtMs: nowMs,
       deadlineAtMs: nowMs + lifeMs,
-      ...(firstTokenMs === undefined ? {} : { firstTokenMs }),
       ...(this.#options.recordsPrefixes && request.route !== "other"
         ? { prefix: prefixBlocksOf(request) }
         : {}),
