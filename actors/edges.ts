@@ -51,7 +51,7 @@ export type UpstreamCommand =
 export type UpstreamEvent =
   /** The first content token is out: from now on the attempt is committed and never retried. */
   | { kind: "upstream.first_token"; leaseId: LeaseId }
-  /** About once a second while tokens flow: renews the lease. */
+  /** Every 5 s while the attempt lives, whether tokens flow or not: renews the lease. */
   | { kind: "upstream.progress"; leaseId: LeaseId; outputTokens: number }
   | {
       kind: "upstream.finished";

@@ -332,6 +332,22 @@ describe("bad input: route, headers and clocks", () => {
     });
   });
 
+  it.each([true, false])(
+    "a client's own short deadline is not the node's fault (stream: %s)",
+    async (stream) => {
+      const world = await start({ options: { circuit: { callsMin: 2, slowRatio: 0.5 } } });
+      world.nodes[0]?.setFault({ hang: true });
+      for (const content of ["a", "b", "c", "d"]) {
+        const reply = await world.chat(content, { stream }, { "x-request-timeout-ms": "30" });
+        expectError(reply, { status: 504, code: "deadline_exceeded" });
+      }
+      await world.idle();
+      const [node] = (await world.gateway.state()).nodes;
+      expect(node?.totals).toMatchObject({ cancelled: 4, slow: 0 });
+      expect(node?.snapshot.circuit).toBe("closed");
+    },
+  );
+
   it("a deadline that passes is 504, and the node is told to stop", async () => {
     const world = await start();
     world.nodes[0]?.setFault({ hang: true });

@@ -7,7 +7,7 @@ import { afterEach, describe, expect, it } from "vitest";
 import { ConfigError, createHeadrace, type Headrace, HeadraceError } from "../transport/embed.ts";
 import type { NodeServer } from "../transport/node-server.ts";
 import type { OptionsInput } from "../transport/options.ts";
-import { type LiveNodes, MODEL, startNodes, until, untilModelsKnown } from "./live-world.ts";
+import { type LiveNodes, MODEL, startNodes, until } from "./live-world.ts";
 
 const repository = new URL("..", import.meta.url).pathname;
 const closing: (() => Promise<unknown>)[] = [];
@@ -25,7 +25,6 @@ async function start(options: Partial<OptionsInput> = {}): Promise<Embedded> {
   if (node === undefined) throw new Error("there is one node");
   const headrace = await createHeadrace({ nodes: live.urls.map((url) => ({ url })), ...options });
   closing.push(() => headrace.close());
-  await untilModelsKnown(() => headrace.stats(), 1);
   return { headrace, node, live };
 }
 
@@ -92,7 +91,8 @@ describe("embed: asking", () => {
     const request = new Request(chatUrl, post(ask("hello")));
     const response = await headrace.fetch(request);
     expect(response.headers.get("x-headrace-cache")).toBe("hit-exact");
-    expect((await (await headrace.fetch("http://x/v1/models")).json()).data[0].id).toBe(MODEL);
+    const models = await headrace.fetch("http://x/v1/models");
+    expect(await models.json()).toMatchObject({ data: [{ id: MODEL }] });
     expect((await headrace.fetch("http://x/nowhere")).status).toBe(404);
   });
 
@@ -143,18 +143,6 @@ describe("embed: asking", () => {
     expect(node.stats().requests).toBe(2);
     await other.close();
     await headrace.chat(ask("still there"));
-  });
-
-  it("no port is opened", async () => {
-    const live = await startNodes(1);
-    closing.push(() => live.close());
-    const servers = () =>
-      process.getActiveResourcesInfo().filter((name) => name === "TCPServerWrap").length;
-    const before = servers();
-    const headrace = await createHeadrace({ nodes: live.urls.map((url) => ({ url })) });
-    closing.push(() => headrace.close());
-    await headrace.chat(ask("hello"));
-    expect(servers()).toBe(before);
   });
 });
 
@@ -249,9 +237,7 @@ describe("embed: errors", () => {
     const response = await headrace.fetch("http://headrace/v1/files/1", { method: "DELETE" });
     // A redirect or "not modified" is no answer to a call: see upstream-failure.ts.
     expect(response.status).toBe(status < 300 ? status : 502);
-    expect(await response.text()).toBe(
-      status < 300 ? "" : expect.stringContaining("upstream_bad_answer"),
-    );
+    expect(await response.text()).toMatch(status < 300 ? /^$/ : /"upstream_bad_answer"/);
     expect((await headrace.stats()).requests?.open).toBe(0);
   });
 
@@ -406,7 +392,7 @@ describe("embed: ending", () => {
     console.log("skipped: dist/ is not there (npm run build): a script that ends by itself");
 
   it.skipIf(!isBuilt)(
-    "a script ends by itself after close, and has written nothing but its own line",
+    "a script opens no port, ends by itself after close, and has written nothing but its own line",
     async () => {
       const live = await startNodes(2);
       closing.push(() => live.close());
@@ -422,10 +408,12 @@ describe("embed: ending", () => {
       });
       await cut.body.getReader().read(); // Never read on, never cancelled.
       const refused = await headrace.chat({}).catch((error) => error);
+      const ports = process.getActiveResourcesInfo().filter((name) => name === "TCPServerWrap").length;
       await headrace.close();
       console.log(JSON.stringify({
         answer: answer.choices.length,
         refused: refused instanceof HeadraceError && refused.code,
+        ports,
       }));`;
       const child = spawn(
         process.execPath,
@@ -445,7 +433,7 @@ describe("embed: ending", () => {
       });
       const code = await new Promise((resolve) => child.once("close", resolve));
       expect({ code, err }).toEqual({ code: 0, err: "" });
-      expect(JSON.parse(out)).toEqual({ answer: 1, refused: "invalid_request" });
+      expect(JSON.parse(out)).toEqual({ answer: 1, refused: "invalid_request", ports: 0 });
     },
   );
 });

@@ -28,7 +28,7 @@ const operation = fc.oneof(
     weight: 1,
     arbitrary: fc.record({
       op: fc.constant("purge" as const),
-      tenant: fc.option(tenant, { nil: undefined }),
+      tenant: fc.constantFrom("red", "blue", undefined),
     }),
   },
   {
@@ -146,9 +146,10 @@ describe("entry store", () => {
 
   it("entry store: drops the least recently used first (room for eight)", () => {
     const store = new EntryStore(8 * (ENTRY_OVERHEAD_BYTES + 1002), 2000);
-    for (const name of KEYS) expect(store.put(name, "t", answer(1000), 0, 100, 0)).toBe(true);
+    for (const name of KEYS.slice(0, 8))
+      expect(store.put(name, "t", answer(1000), 0, 100, 0)).toBe(true);
     expect(store.lookup("k0", "t", 1)).toBeDefined();
-    store.put("k8", "t", answer(1000), 1, 100, 1);
+    store.put("kx", "t", answer(1000), 1, 100, 1);
     expect(store.size).toBe(8);
     expect(store.evictions).toBe(1);
     expect(store.lookup("k1", "t", 1)).toBeUndefined();

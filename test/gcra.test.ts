@@ -205,11 +205,11 @@ describe("gcra", () => {
 
   it("gcra: remaining is right where the quotient of two doubles is not", () => {
     expect(new Gcra(41, MINUTE_MS, 123).remaining(0)).toBe(123); // Comes out just below 123.
-    const gcra = new Gcra(700_000_001, MINUTE_MS, 700_000_001);
-    gcra.reserve(700_000_001, 0);
-    gcra.settle(gcra.spanNs(474_833_334) - 1, 0, 0); // One ns too little for as many; comes out as if it were not.
-    expect(gcra.remaining(0)).toBe(474_833_333);
-    expect(gcra.waitMs(474_833_334, 0)).toBeGreaterThan(0);
+    const gcra = new Gcra(700_000_003, MINUTE_MS, 700_000_003);
+    gcra.reserve(700_000_003, 0);
+    gcra.settle(gcra.spanNs(415_722_224) - 1, 0, 0); // One ns too little for as many; comes out as if enough.
+    expect(gcra.remaining(0)).toBe(415_722_223);
+    expect(gcra.waitMs(415_722_224, 0)).toBeGreaterThan(0);
   });
 
   it("gcra: a refund leaves it as if nothing had been reserved (all of it, at once or later)", () => {

@@ -188,6 +188,14 @@ describe("rate limiter: each limit", () => {
     limiter.settle("a", 1, 1);
     limiter.admit({ requestId: "d", limits });
     expect(limiter.admit({ requestId: "c", limits })).toMatchObject({ retryAfterMs: 4000 });
+    const quick = new Limiter();
+    for (const requestId of ["a", "b"]) quick.admit({ requestId, limits: { concurrent: 1 } });
+    quick.kit.advance(2);
+    quick.settle("a");
+    quick.admit({ requestId: "b", limits: { concurrent: 1 } });
+    expect(quick.admit({ requestId: "c", limits: { concurrent: 1 } })).toMatchObject({
+      retryAfterMs: 50,
+    });
     const tokens = { concurrentTokens: 1000 };
     limiter.settle("b", 1, 1);
     limiter.settle("d", 1, 1); // At once: the average falls to 8 s · 0.8.
@@ -214,6 +222,17 @@ describe("rate limiter: each limit", () => {
     ).toBe(true);
     limiter.settle("a", 5000, 5000);
     expect(limiter.key()).toMatchObject({ reservedTokens: 400, inflight: 1 });
+    // The next one takes over the record of a; this key has no tokens a minute that it could give back.
+    const both = { concurrentTokens: 1000, tokensPerMinute: 60_000 };
+    limiter.admit({ requestId: "c", limits: both, promptTokens: 100, maxTokens: 0 });
+    limiter.settle("c", 100, 0);
+    limiter.admit({ requestId: "d", limits, promptTokens: 100, maxTokens: 0 });
+    limiter.settle("d");
+    expect(
+      limiter.admit({ requestId: "e", limits: both, promptTokens: 0, maxTokens: 0 }),
+    ).toMatchObject({
+      state: { tokens: { remaining: 59_900 } },
+    });
   });
 
   it("rate limiter: tokens a day end with the day of the key's first use, and begin anew", () => {
@@ -474,6 +493,14 @@ describe("rate limiter: reservations", () => {
     expect(limiter.kit.timers()).toEqual([]);
   });
 
+  it("rate limiter: a reservation that has expired already lapses within a second", () => {
+    const limiter = new Limiter();
+    limiter.admit({ requestId: "a", limits, expiresMs: -5 });
+    expect(limiter.describe().reservations).toBe(1);
+    limiter.kit.advance(1000);
+    expect(limiter.describe()).toMatchObject({ reservations: 0, lapses: 1 });
+  });
+
   it("rate limiter: an owner that restarted is refunded, others are not", () => {
     const limiter = new Limiter();
     limiter.admit({ requestId: "a", limits, owner: "here", promptTokens: 100, maxTokens: 0 });
@@ -496,12 +523,14 @@ describe("rate limiter: reservations", () => {
     const refused = limiter.admit({ requestId: "a", limits: minute(600, 10) });
     expect(refused).toMatchObject({ kind: "refused", retryAfterMs: 9100 }); // One second is ten requests now.
     expect(reset(refused)).toBe(10_000);
+    limiter.settle("r9", 10, 10); // Leaves its record to the next one.
     expect(granted(limiter.admit({ requestId: "b", limits: {} }))).toBe(true);
+    expect(limiter.key()?.state.requests).toBeUndefined();
     limiter.kit.advance(4000);
     expect(reset(limiter.admit({ requestId: "c", limits: minute(60, 1) }))).toBe(6000);
     limiter.settle("r0"); // Gives back the second that it had taken.
     expect(reset(limiter.admit({ requestId: "d", limits: minute(60, 1) }))).toBe(5000);
-    limiter.settle("b"); // Was never charged a request.
+    limiter.settle("b"); // Was never charged a request, even in a record used before.
     expect(reset(limiter.admit({ requestId: "e", limits: minute(60, 1) }))).toBe(5000);
   });
 
@@ -579,6 +608,29 @@ describe("rate limiter: bounds", () => {
     expect(limiter.describe()).toMatchObject({ keysKnown: 4, keysForgotten: 6, overflows: 1 });
   });
 
+  it("rate limiter: a key that owes tokens is not forgotten before it has paid", () => {
+    const limiter = new Limiter({ keysMax: 1 });
+    const limits = { tokensPerMinute: 6000 };
+    limiter.admit({ requestId: "a", key: "a", limits, promptTokens: 100, maxTokens: 0 });
+    limiter.settle("a", 100, 0);
+    limiter.kit.advance(999);
+    expect(codeOf(limiter.admit({ requestId: "b", key: "b" }))).toBe("pool_overloaded");
+    limiter.kit.advance(1);
+    expect(granted(limiter.admit({ requestId: "b", key: "b" }))).toBe(true);
+  });
+
+  it("rate limiter: of keys that may be forgotten, the one used last stays", () => {
+    const limiter = new Limiter({ keysMax: 2 });
+    for (const key of ["a", "b", "a", "c"]) {
+      limiter.admit({ requestId: key, key });
+      limiter.settle(key, 1, 1);
+    }
+    expect(limiter.describe().keys.map(({ key, granted }) => [key, granted])).toEqual([
+      ["c", 1],
+      ["a", 2],
+    ]);
+  });
+
   it("rate limiter: idle keys go when others come, though there is room", () => {
     const limiter = new Limiter();
     for (let i = 0; i < 100; i++) {
@@ -588,9 +640,12 @@ describe("rate limiter: bounds", () => {
     limiter.kit.advance(3_599_999);
     limiter.admit({ requestId: "a", key: "a" });
     expect(limiter.describe().keysKnown).toBe(101);
+    limiter.admit({ requestId: "again", key: "k7" });
+    limiter.settle("again", 1, 1);
     limiter.kit.advance(1);
     for (let i = 0; i < 4; i++) limiter.admit({ requestId: `n${i}`, key: `n${i}` });
-    expect(limiter.describe().keysKnown).toBe(5);
+    expect(limiter.describe().keysKnown).toBe(6); // These four, a, and k7.
+    expect(limiter.key("k7")?.granted).toBe(2);
   });
 });
 

@@ -448,17 +448,11 @@ describe("upstream: answers", () => {
     expect((await rig.ended()).kind).toBe("upstream.finished");
   });
 
-  it("reports progress about once a second while tokens flow", async () => {
-    let writing: NodeJS.Timeout | undefined;
-    const node = await startNode((socket) => {
-      socket.write(sseHead);
-      writing = setInterval(() => socket.write(piece(text("a"))), 50);
-    });
-    cleanups.push(async () => clearInterval(writing));
-    const rig = new Rig(node);
+  it("reports that an attempt lives, though its node is silent", async () => {
+    const node = await startNode(() => {});
+    const rig = new Rig(node, { progressMs: 20 });
     const leaseId = rig.start();
-    const progress = await rig.event("upstream.progress");
-    expect(progress.outputTokens).toBeGreaterThan(1);
+    expect((await rig.event("upstream.progress")).outputTokens).toBe(0);
     rig.edge.receive({ kind: "upstream.abort", leaseId, code: "client_closed" });
   });
 });

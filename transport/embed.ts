@@ -19,8 +19,8 @@ import type { StateSnapshot } from "./metrics.ts";
 import type { OptionsInput } from "./options.ts";
 import type { Explanation } from "./records.ts";
 
-export type { StateSnapshot } from "./metrics.ts";
 export { ConfigError } from "./config.ts";
+export type { StateSnapshot } from "./metrics.ts";
 export type { OptionsInput } from "./options.ts";
 export type { Explanation } from "./records.ts";
 
@@ -122,17 +122,30 @@ async function chatWith(
     body: JSON.stringify({ ...request, stream: false }),
     ...(options.signal === undefined ? {} : { signal: options.signal }),
   });
-  const body = (await response.json()) as ChatAnswer & {
-    error?: { code?: string; message?: string };
-  };
-  if (response.ok) return body;
+  if (response.ok) return (await response.json()) as ChatAnswer;
+  const { status } = response;
+  const { code, message } = statedError(await response.text());
   const retryAfter = response.headers.get("retry-after-ms");
   throw new HeadraceError(
-    response.status,
-    body.error?.code ?? "internal",
-    body.error?.message ?? `status ${response.status}`,
+    status,
+    // A node's own refusal may come without a code.
+    code ?? (status < 500 ? "invalid_request" : "internal"),
+    message ?? `the node answered with status ${status}`,
     retryAfter === null ? undefined : Number(retryAfter),
   );
+}
+
+/** What an error body in OpenAI's form says; nothing for any other, which a node may send. */
+function statedError(text: string): { code?: string; message?: string } {
+  try {
+    const { code, message } = (JSON.parse(text) as { error: Record<string, unknown> }).error;
+    return {
+      ...(typeof code === "string" ? { code } : {}),
+      ...(typeof message === "string" ? { message } : {}),
+    };
+  } catch {
+    return {};
+  }
 }
 
 async function fetchFrom(
@@ -181,10 +194,14 @@ class ResponseSink implements Sink {
   }
 
   whole(status: number, headers: string[], body: Uint8Array): void {
-    this.#resolve(new Response(new Uint8Array(body), { status, headers: pairs(headers) }));
+    const content = hasNoBody(status) ? null : new Uint8Array(body);
+    this.#resolve(new Response(content, { status, headers: pairs(headers) }));
   }
 
   head(status: number, headers: string[]): void {
+    if (hasNoBody(status)) {
+      return this.#resolve(new Response(null, { status, headers: pairs(headers) }));
+    }
     const stream = new ReadableStream<Uint8Array>({
       start: (controller) => {
         this.#controller = controller;
@@ -217,6 +234,11 @@ class ResponseSink implements Sink {
     this.#controller?.error(reason);
     this.#controller = null;
   }
+}
+
+/** `Response` throws where such a status comes with a body, be it an empty one. */
+function hasNoBody(status: number): boolean {
+  return status === 204 || status === 205;
 }
 
 function pairs(flat: string[]): [string, string][] {

@@ -137,7 +137,10 @@ export class Gateway {
     });
     this.#system.start(tree, {
       onEvent: (event, from) => this.#onEvent(event, from),
-      onFatal,
+      onFatal: (error) => {
+        void this.close(); // Nobody is left to answer: what is open fails, what comes is refused.
+        onFatal(error);
+      },
     });
   }
 

@@ -47,6 +47,8 @@ export type UpstreamOptions = {
   wholeBytesMax: number;
   /** What an answer keeps for late readers and the cache, bytes. */
   answerBytesMax: number;
+  /** Between two reports that an attempt lives, also while its node is silent; well below a lease's life. */
+  progressMs: number;
 };
 
 export const upstreamDefaults: UpstreamOptions = {
@@ -55,6 +57,7 @@ export const upstreamDefaults: UpstreamOptions = {
   sseEventBytesMax: 1 << 20,
   wholeBytesMax: 64 << 20,
   answerBytesMax: 4 << 20,
+  progressMs: 5000,
 };
 
 export type UpstreamDeps = {
@@ -80,7 +83,6 @@ const REFUSAL_BYTES_MAX = 256 << 10;
 const HEAD_BYTES_MAX = 1 << 20;
 /** How long after `[DONE]` the node may take to end its response, so that the connection can be used again. */
 const LINGER_MS = 250;
-const PROGRESS_MS = 1000;
 /** Where an engine states no usage: UTF-8 bytes of a request to one prompt token. */
 const BYTES_PER_TOKEN = 3.5;
 /** Less than the 5 s after which the engines' HTTP servers (uvicorn, node) close idle connections. */
@@ -96,6 +98,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
   /** All pools not yet closed, also of removed nodes with attempts still running. */
   readonly #pools = new Set<Pool>();
   readonly #attempts = new Map<LeaseId, Attempt>();
+  #heartbeat: NodeJS.Timeout | null = null; // Runs while there are attempts.
 
   constructor(options: UpstreamOptions, deps: UpstreamDeps) {
     this.#options = options;
@@ -137,6 +140,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
   /** Aborts everything and closes every connection; no handle is left. */
   async close(): Promise<void> {
     this.#abortAll("shutting_down");
+    if (this.#heartbeat !== null) clearInterval(this.#heartbeat);
     this.#nodes.clear();
     await Promise.all([...this.#pools].map((pool) => pool.destroy().catch(() => undefined)));
     this.#pools.clear();
@@ -169,6 +173,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
     const forget = (): void => void this.#attempts.delete(leaseId);
     const attempt = new Attempt(start, request, this.#options, this.#deps, forget);
     this.#attempts.set(leaseId, attempt);
+    this.#heartbeat ??= setInterval(() => this.#beat(), this.#options.progressMs).unref();
     connected.pool.dispatch(
       {
         path: connected.pathPrefix + request.path,
@@ -178,6 +183,13 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
       },
       attempt,
     );
+  }
+
+  #beat(): void {
+    for (const attempt of this.#attempts.values()) attempt.report();
+    if (this.#attempts.size > 0 || this.#heartbeat === null) return;
+    clearInterval(this.#heartbeat);
+    this.#heartbeat = null;
   }
 
   /** The body leaves only with its request; without it no node can help, and none is to blame. */
@@ -285,7 +297,6 @@ class Attempt {
   #firstContentAtMs = 0; // 0: none yet.
   #lastContentAtMs = 0; // For whole and raw bodies: the last byte.
   #doneAtMs = 0; // 0: no [DONE] yet.
-  #progressAtMs = 0;
   #timer: NodeJS.Timeout | null = null;
   #timerAtMs = 0;
 
@@ -370,7 +381,7 @@ class Attempt {
         this.#lastContentAtMs = this.#deps.nowMs();
         if (this.#answer === null) this.#commit("raw");
         this.#append({ bytes: chunk, usage: false });
-        return this.#report(this.#lastContentAtMs);
+        return;
       case "whole":
         this.#lastContentAtMs = this.#deps.nowMs();
         if (!this.#keep(chunk, this.#options.wholeBytesMax)) this.#fail("bad_answer", "too long");
@@ -435,7 +446,6 @@ class Attempt {
     if (scanner.contentEvents > contentBefore) {
       const nowMs = this.#deps.nowMs();
       this.#lastContentAtMs = nowMs;
-      this.#report(nowMs);
     }
     if (!scanner.done) return;
     if (this.#doneAtMs === 0) this.#doneAtMs = this.#deps.nowMs();
@@ -581,10 +591,8 @@ class Attempt {
     this.#controller?.resume();
   }
 
-  #report(nowMs: number): void {
-    if (this.#progressAtMs === 0) this.#progressAtMs = nowMs;
-    if (nowMs - this.#progressAtMs < PROGRESS_MS) return;
-    this.#progressAtMs = nowMs;
+  /** A sign of life. */
+  report(): void {
     this.#post({
       kind: "upstream.progress",
       leaseId: this.#start.leaseId,

@@ -14,15 +14,16 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { Random } from "../../runtime/random.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { ChatClient, OpenLoop, type Tally } from "./load.ts";
-import { printRows, type Row } from "./report.ts";
-import { GATEWAY_KEY, type Running, restOf, Stack } from "./stack.ts";
+import { medianOf, printRows, type Row } from "./report.ts";
+import { GATEWAY_KEY, lettersOf, type Running, restOf, Stack } from "./stack.ts";
 
 const NAMES = ["gpu-1", "gpu-2", "gpu-3"] as const;
 /** Places of one node; three of them at 60 % hold 43 requests. */
 const INFLIGHT_MAX = 24;
+/** Enough that the retry budget's floor of 2/s stays below its share: 0.1 + 2/120 = 0.117. */
 const PER_SECOND = 120;
-/** At about 7.5 ms a token: 0.36 s a request, so 43 in flight. */
-const OUTPUT_TOKENS = { min: 32, max: 64 };
+/** About 0.36 s a request, so 43 in flight; what it was is printed. */
+const OUTPUT_TOKENS = { min: 24, max: 40 };
 
 const CALM_MS = 3000;
 const DOWN_MS = 4000;
@@ -118,10 +119,8 @@ async function failFast(gateway: Running): Promise<string> {
 async function phase(gateway: Running, name: string, act: () => Promise<string>): Promise<Tally> {
   const client = new ChatClient(gateway.port, GATEWAY_KEY);
   const load = new OpenLoop(client, PER_SECOND, random, arrival);
-  let inflightMax = 0;
-  const watch = setInterval(() => {
-    inflightMax = Math.max(inflightMax, load.open);
-  }, 100);
+  const open: number[] = [];
+  const watch = setInterval(() => open.push(load.open), 100);
   const note = await act().finally(async () => {
     clearInterval(watch);
     await load.stop();
@@ -132,7 +131,8 @@ async function phase(gateway: Running, name: string, act: () => Promise<string>)
   const { sent, complete, failed, brokenOnceBegun, problems } = load.tally;
   console.log(
     `${name}: ${sent} requests, ${complete} complete, ${failed} failed, ` +
-      `${brokenOnceBegun} broken after their first token, ${inflightMax} open at most; ${note}`,
+      `${brokenOnceBegun} broken after their first token; open: ${medianOf(open)} in the median, ` +
+      `${Math.max(...open)} at most; ${note}`,
   );
   for (const [problem, count] of problems) console.log(`    ${count} × ${problem}`);
   const number = name.slice(0, 2);
@@ -142,7 +142,7 @@ async function phase(gateway: Running, name: string, act: () => Promise<string>)
     figure: String(heldTexts.length === 0 ? 0 : heldTexts.join(", ")),
     value: heldTexts.length,
     bar: { atMost: 0 },
-    detail: "",
+    detail: `dead letters since the start: ${lettersOf(await stack.state(gateway))}`,
   });
   return load.tally;
 }

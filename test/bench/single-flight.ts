@@ -3,6 +3,7 @@
  * they want it delivered; it goes on while anyone is left, and the node is rid of it when nobody is. Exit status 1
  * when a bar is missed.
  */
+import { setMaxListeners } from "node:events";
 import { setTimeout as sleep } from "node:timers/promises";
 import { MODEL } from "./fixed-answers.ts";
 import { ChatClient, type ChatOutcome } from "./load.ts";
@@ -85,6 +86,7 @@ async function run(): Promise<void> {
   const allLeave = async (): Promise<void> => {
     const before = await aborts();
     const leaving = new AbortController();
+    setMaxListeners(FOLLOWERS + 1, leaving.signal);
     const leavers = Array.from({ length: FOLLOWERS }, (_, index) =>
       client.chat(body("All leave.", index % 2 === 0), leaving.signal),
     );

@@ -12,7 +12,16 @@ import { Random } from "../../runtime/random.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { type Arrival, ChatClient, OpenLoop, type Tally } from "./load.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
-import { cpuMs, GATEWAY_KEY, heldBy, type Running, restOf, rssMiB, Stack } from "./stack.ts";
+import {
+  cpuMs,
+  GATEWAY_KEY,
+  heldBy,
+  lettersOf,
+  type Running,
+  restOf,
+  rssMiB,
+  Stack,
+} from "./stack.ts";
 
 const NODES = 3;
 const SPEED = 40;
@@ -132,13 +141,6 @@ async function soak(
   await load.stop();
   client.close();
   return { samples, tally: load.tally };
-}
-
-function lettersOf({ system }: Awaited<ReturnType<Stack["state"]>>): string {
-  const counts = system.deadLetters.map(
-    ({ reason, messageKind, count }) => `${reason} ${messageKind} ${count}`,
-  );
-  return counts.length === 0 ? "none" : counts.join(", ");
 }
 
 /** Letters that tell of a fault; the others are for askers and requests that are gone, which is as it should be. */

@@ -256,6 +256,14 @@ export function heldBy({
   };
 }
 
+/** "expired cache.lookup 3, …": reason, kind and count of each sort of dead letter, or "none". */
+export function lettersOf({ system }: StateSnapshot): string {
+  const letters = system.deadLetters.map(
+    ({ reason, messageKind, count }) => `${reason} ${messageKind} ${count}`,
+  );
+  return letters.length === 0 ? "none" : letters.join(", ");
+}
+
 /** Waits until nothing is held, at most `timeoutMs`; what is held then ({} = nothing). */
 export async function restOf(
   stack: Stack,
