@@ -22,6 +22,7 @@
 import { type Actor, assert, type Context, type ReplyTo, unreachable } from "../runtime/actor.ts";
 import type { ErrorCode } from "./errors.ts";
 import { Gcra } from "./gcra.ts";
+import { requestBurstOf, tokenBurstOf } from "./limit-state.ts";
 import { LruList, type LruNode } from "./lru-list.ts";
 import { OutputQuantile } from "./output-quantile.ts";
 import type { LimitState, Limits, RequestId } from "./protocol.ts";
@@ -500,15 +501,15 @@ function adoptLimits(key: Key, limits: Limits): void {
   key.limits = limits;
   key.isLimited =
     requestsPerMinute !== undefined || limits.concurrent !== undefined || countsTokens(limits);
-  if (requestsPerMinute !== undefined) {
-    const burst = limits.requestBurst ?? Math.max(1, Math.floor(requestsPerMinute / 6));
-    if (key.requests === null) key.requests = new Gcra(requestsPerMinute, MINUTE_MS, burst);
-    else key.requests.configure(requestsPerMinute, MINUTE_MS, burst);
+  const requestBurst = requestBurstOf(limits);
+  if (requestsPerMinute !== undefined && requestBurst !== undefined) {
+    if (key.requests === null) key.requests = new Gcra(requestsPerMinute, MINUTE_MS, requestBurst);
+    else key.requests.configure(requestsPerMinute, MINUTE_MS, requestBurst);
   }
-  if (tokensPerMinute !== undefined) {
-    const burst = limits.tokenBurst ?? tokensPerMinute;
-    if (key.tokens === null) key.tokens = new Gcra(tokensPerMinute, MINUTE_MS, burst);
-    else key.tokens.configure(tokensPerMinute, MINUTE_MS, burst);
+  const tokenBurst = tokenBurstOf(limits);
+  if (tokensPerMinute !== undefined && tokenBurst !== undefined) {
+    if (key.tokens === null) key.tokens = new Gcra(tokensPerMinute, MINUTE_MS, tokenBurst);
+    else key.tokens.configure(tokensPerMinute, MINUTE_MS, tokenBurst);
   }
 }
 

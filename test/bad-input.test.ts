@@ -902,7 +902,7 @@ describe("bad input: too much", () => {
           {
             key: "key-of-tiny",
             tenant: "tiny",
-            limits: { requestsPerMinute: 60, requestBurst: 2 },
+            limits: { requestsPerMinute: 2, requestBurst: 2 },
           },
         ],
       },
@@ -918,7 +918,7 @@ describe("bad input: too much", () => {
     expect(Number(refused?.headers.get("retry-after"))).toBeGreaterThanOrEqual(1);
     const retryAfterMs = Number(refused?.headers.get("retry-after-ms"));
     expect(retryAfterMs).toBeGreaterThan(0);
-    expect(retryAfterMs).toBeLessThanOrEqual(1000);
+    expect(retryAfterMs).toBeLessThanOrEqual(30_000);
     for (const reply of replies) {
       expect(reply.headers.get("x-ratelimit-limit-requests")).toMatch(/^\d+$/);
       expect(reply.headers.get("x-ratelimit-remaining-requests")).toMatch(/^\d+$/);
@@ -929,7 +929,7 @@ describe("bad input: too much", () => {
   });
 
   it("a key over its tokens is 429; a request that no wait can fit is 413", async () => {
-    const limits = { tokensPerMinute: 6000, tokenBurst: 300 };
+    const limits = { tokensPerMinute: 300 };
     const world = await start({
       options: { keys: [{ key: "key-of-tiny", tenant: "tiny", limits }] },
     });
@@ -942,8 +942,8 @@ describe("bad input: too much", () => {
     expectError(second, { status: 429, code: "rate_limit_tokens" });
     expect(Number(second.headers.get("retry-after"))).toBeGreaterThanOrEqual(1);
     for (const reply of [first, second]) {
-      expect(reply.headers.get("x-ratelimit-limit-tokens")).toBe("6000");
-      expect(Number(reply.headers.get("x-ratelimit-remaining-tokens"))).toBeLessThan(300);
+      expect(reply.headers.get("x-ratelimit-limit-tokens")).toBe("300");
+      expect(Number(reply.headers.get("x-ratelimit-remaining-tokens"))).toBeLessThan(250);
     }
     const huge = await world.chat("x".repeat(2000), {}, headers);
     expectError(huge, { status: 413, code: "request_too_large_for_limit" });

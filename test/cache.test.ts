@@ -254,6 +254,26 @@ describe("cache: one flight", () => {
     }
   });
 
+  it("cache: who asks is told when every joiner's news is on its way (a flight, and one long over)", () => {
+    const shard = new Shard();
+    shard.lookup({ requestId: "a" });
+    shard.lookup({ requestId: "b" });
+    shard.commit("a");
+    for (const _ of ["the flight", "nothing any more"]) {
+      shard.kit.take();
+      const closed = shard.kit.ask((replyTo) => ({
+        kind: "cache.flight_ended",
+        key: "k",
+        flightId: "a",
+        result: stored(),
+        replyTo,
+      }));
+      expect(closed).toEqual({ kind: "closed" });
+      expect(shard.kit.effects().at(-1)?.kind).toBe("reply"); // After the news, not before.
+    }
+    expect(shard.describe().flights).toBe(0);
+  });
+
   it("cache: a leader whose client left goes on for the others, and its answer is kept", () => {
     const shard = new Shard();
     shard.lookup({ requestId: "a" });

@@ -193,12 +193,12 @@ describe("embed: errors", () => {
   });
 
   it("a limit says how long to wait", async () => {
-    const { headrace } = await start({ defaultLimits: { requestsPerMinute: 60, requestBurst: 1 } });
+    const { headrace } = await start({ defaultLimits: { requestsPerMinute: 2, requestBurst: 1 } });
     await headrace.chat(ask("one"));
     const error = (await failureOf(headrace.chat(ask("two")))) as HeadraceError;
     expect(error).toMatchObject({ status: 429, code: "rate_limit_requests" });
     expect(error.retryAfterMs).toBeGreaterThan(0);
-    expect(error.retryAfterMs).toBeLessThanOrEqual(1000);
+    expect(error.retryAfterMs).toBeLessThanOrEqual(30_000);
   });
 
   it("with keys configured, a call needs one", async () => {

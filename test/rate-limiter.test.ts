@@ -638,10 +638,10 @@ describe("rate limiter: bounds", () => {
       limiter.settle(`r${i}`, 1, 1);
     }
     limiter.kit.advance(3_599_999);
-    limiter.admit({ requestId: "a", key: "a" });
-    expect(limiter.describe().keysKnown).toBe(101);
     limiter.admit({ requestId: "again", key: "k7" });
     limiter.settle("again", 1, 1);
+    limiter.admit({ requestId: "a", key: "a" });
+    expect(limiter.describe().keysKnown).toBe(101);
     limiter.kit.advance(1);
     for (let i = 0; i < 4; i++) limiter.admit({ requestId: `n${i}`, key: `n${i}` });
     expect(limiter.describe().keysKnown).toBe(6); // These four, a, and k7.

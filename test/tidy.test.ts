@@ -79,14 +79,25 @@ const exceptions: readonly { rule: string; file: string; word: string; why: stri
     word: "node:path",
     why: "a trace names the files beside it",
   },
+  {
+    rule: "orphans",
+    file: "runtime/sim-scheduler.ts",
+    word: "only tests import it",
+    why: "the third scheduler: tests run whole gateways under it, on virtual time",
+  },
+  {
+    rule: "orphans",
+    file: "sim/load-generators.ts",
+    word: "only tests import it",
+    why: "loads for tests of traces and replay; no command makes one yet",
+  },
 ];
 
 /** Where the wall clock, real timers and real randomness come in. */
 const outsideFiles = ["runtime/clock.ts", "runtime/random.ts", "runtime/nact-scheduler.ts"];
 
-/** Entry points: what nobody imports. */
+/** Entry points: what nobody imports. Scripts of package.json that run a built file are entries, too. */
 const entries = ["bin/headrace.ts", "transport/embed.ts"];
-const testEntries = /^test\/(.+\.test|bench\/main)\.ts$/;
 
 // ---- sources -------------------------------------------------------------------------------------------------
 
@@ -119,11 +130,16 @@ class Tree {
     return this.sources.some((source) => source.path === path);
   }
 
-  manifest(): { dependencies: string[]; development: string[] } {
-    const { dependencies = {}, devDependencies = {} } = JSON.parse(
+  manifest(): { dependencies: string[]; development: string[]; scripts: string[] } {
+    type Entries = Record<string, string> | undefined;
+    const { dependencies, devDependencies, scripts } = JSON.parse(
       this.texts.get("package.json") ?? "{}",
-    ) as Record<string, Record<string, string> | undefined>;
-    return { dependencies: Object.keys(dependencies), development: Object.keys(devDependencies) };
+    ) as { dependencies: Entries; devDependencies: Entries; scripts: Entries };
+    return {
+      dependencies: Object.keys(dependencies ?? {}),
+      development: Object.keys(devDependencies ?? {}),
+      scripts: Object.values(scripts ?? {}),
+    };
   }
 }
 
@@ -220,6 +236,11 @@ function* importsOf(source: Source): Generator<Import> {
     } else if (ts.isCallExpression(node) && node.expression.kind === ts.SyntaxKind.ImportKeyword) {
       const [what] = node.arguments;
       if (what !== undefined && ts.isStringLiteral(what)) yield made(node, what.text, false);
+    } else if (ts.isCallExpression(node) && /^\w+\.script$/.test(textOf(source, node.expression))) {
+      // Stack.script of the benchmarks: a process of its own, from a file beside this one.
+      const [what] = node.arguments;
+      if (what !== undefined && ts.isStringLiteral(what))
+        yield made(node, `./${what.text}.ts`, false);
     } else if (ts.isNewExpression(node) && textOf(source, node.expression) === "URL") {
       // A worker, or a process of its own: new URL("./embedder-worker.ts", import.meta.url).
       const [what] = node.arguments ?? [];
@@ -717,15 +738,25 @@ const rules: readonly Rule[] = [
     holds:
       "every file is reached: shipped code from the command or the library, the rest from a test",
     *check(tree) {
-      const tests = tree.sources.map(({ path }) => path).filter((path) => testEntries.test(path));
+      const tests = tree.sources
+        .map(({ path }) => path)
+        .filter((path) => path.endsWith(".test.ts"));
+      const run = tree
+        .manifest()
+        .scripts.flatMap((script) => [...script.matchAll(/dist\/(\S+)\.js/g)])
+        .map(([, path]) => `${path}.ts`);
       const shipped = reached(tree, entries);
-      const tested = reached(tree, [...tests, ...entries]);
+      const tested = reached(tree, [...tests, ...run, ...entries]);
       for (const { path } of tree.sources) {
         if (isShipped(path) && !shipped.has(path)) {
-          const who = tested.has(path) ? "only tests import it" : "nobody imports it";
-          yield { path, line: 1, says: `${who}: use it, or remove it` };
+          const word = tested.has(path) ? "only tests import it" : "nobody imports it";
+          yield { path, line: 1, says: `${word}: use it, or remove it`, word };
         } else if (path.startsWith("test/") && !tested.has(path)) {
-          yield { path, line: 1, says: "no test imports it: use it, or remove it" };
+          yield {
+            path,
+            line: 1,
+            says: "no test imports it and no script runs it: use it, or remove it",
+          };
         }
       }
     },
@@ -739,11 +770,21 @@ const rules: readonly Rule[] = [
         "sim/lonely.ts": `import "./friend.ts";`,
         "sim/friend.ts": "",
         "sim/tested.ts": "",
+        "package.json": `{"scripts": {"bench": "npm run build && node dist/test/bench/main.js --all"}}`,
+        "test/bench/main.ts": `await stack.script("child");`,
+        "test/bench/child.ts": "",
+        "test/bench/old-child.ts": "",
         "test/a.test.ts": `import "../sim/tested.ts";\nimport "./kit.ts";`,
         "test/kit.ts": "",
         "test/old-kit.ts": "",
       },
-      at: ["sim/lonely.ts:1", "sim/friend.ts:1", "sim/tested.ts:1", "test/old-kit.ts:1"],
+      at: [
+        "sim/lonely.ts:1",
+        "sim/friend.ts:1",
+        "sim/tested.ts:1",
+        "test/old-kit.ts:1",
+        "test/bench/old-child.ts:1",
+      ],
     },
   },
   {
