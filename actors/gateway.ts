@@ -123,7 +123,8 @@ export function gatewayTree(
     bytesMax: Math.floor(settings.cache.bytesMax / settings.cacheShards),
   };
   const cacheStore = store === undefined ? undefined : refs.store;
-  return supervisor("headrace", 3, 60_000, [
+  // Above the 5 crashes that park a child: one actor that cannot live is parked, many end the process.
+  return supervisor("headrace", 10, 60_000, [
     supervisor("edges", 10, 60_000, [
       actor<FrontCommand>("front", edges.front),
       actor<UpstreamCommand>("upstream", edges.upstream),

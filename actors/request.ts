@@ -70,7 +70,9 @@ export type RequestMessage =
   | Chosen
   | { kind: "request.deadline"; requestId: RequestId }
   | { kind: "request.retry_due"; requestId: RequestId }
-  | { kind: "request.flight_closed"; requestId: RequestId };
+  | { kind: "request.flight_closed"; requestId: RequestId }
+  | { kind: "request.cache_ended"; path: string }
+  | { kind: "request.watch_due"; path: string };
 
 type LookedUp = {
   kind: "request.looked_up";
@@ -158,6 +160,10 @@ type Request = {
 
 /** Last limit state per key, for the headers of answers that asked no limiter (cache hits). */
 const LIMIT_STATES_MAX = 4096;
+/** What others are given beyond a request's deadline, so that its own timer ends it. */
+const DEADLINE_MARGIN_MS = 1000;
+/** Before a cache shard that ended is watched again. */
+const WATCH_AGAIN_MS = 1000;
 /** Multiple of the p95 of the same size of prompt that a first token may take. */
 const FIRST_TOKEN_FACTOR = 3;
 /** A second ask of a router that crashed under the first. */
@@ -177,8 +183,10 @@ export class RequestActor implements Actor<RequestMessage> {
 
   start(context: Context<RequestMessage>): void {
     const owner = context.self.path;
-    for (const shard of this.#refs.cacheShards)
+    for (const shard of this.#refs.cacheShards) {
       context.tell(shard, { kind: "cache.owner_restarted", owner });
+      this.#watchCache(shard, context);
+    }
     context.tell(this.#refs.limiter, { kind: "limiter.owner_restarted", owner });
     for (const node of this.#refs.nodes())
       context.tell(this.#refs.node(node), { kind: "gpu_node.owner_restarted", owner });
@@ -204,6 +212,12 @@ export class RequestActor implements Actor<RequestMessage> {
         return this.#onRetryDue(message.requestId, context);
       case "request.flight_closed":
         return this.#forget(message.requestId, context);
+      case "request.cache_ended":
+        return this.#onCacheEnded(message.path, context);
+      case "request.watch_due":
+        for (const shard of this.#refs.cacheShards)
+          if (shard.path === message.path) this.#watchCache(shard, context);
+        return;
       case "upstream.first_token":
         return this.#onFirstToken(message.leaseId, context);
       case "upstream.progress":
@@ -268,8 +282,14 @@ export class RequestActor implements Actor<RequestMessage> {
       kind: "request.deadline",
       requestId: facts.requestId,
     });
+    this.#lookUp(request, context);
+  }
+
+  #lookUp(request: Request, context: Context<RequestMessage>): void {
+    const { facts } = request;
     const key = facts.cacheKey;
     if (key === undefined) return this.#admit(request, context);
+    request.phase = "looking";
     context.ask<CacheMessage, LookupReply>(
       this.#refs.cache(key),
       this.#options.lookupMs,
@@ -393,7 +413,7 @@ export class RequestActor implements Actor<RequestMessage> {
     const { facts } = request;
     context.ask<RouterMessage, ChooseReply>(
       this.#refs.router,
-      Math.max(1, facts.deadlineAtMs - context.nowMs + 1000), // Our own deadline timer comes first.
+      Math.max(0, facts.deadlineAtMs - context.nowMs) + DEADLINE_MARGIN_MS,
       (replyTo) => ({
         kind: "router.choose",
         facts,
@@ -446,7 +466,8 @@ export class RequestActor implements Actor<RequestMessage> {
       atMs: context.nowMs,
       outcome: "running",
     });
-    const remainingMs = Math.max(1, facts.deadlineAtMs - context.nowMs);
+    // Our own deadline timer comes first: a client's short deadline is not its node's slowness.
+    const remainingMs = Math.max(0, facts.deadlineAtMs - context.nowMs) + DEADLINE_MARGIN_MS;
     const totalMs = Math.min(this.#options.totalMs, remainingMs);
     context.tell(this.#refs.upstream, {
       kind: "upstream.start",
@@ -726,10 +747,30 @@ export class RequestActor implements Actor<RequestMessage> {
     this.#abandon(request, "client_closed", context);
   }
 
+  /** The request that this news is for. While it waits, the flight may have passed to another leader. */
   #joinedTo(news: { requestId: RequestId; flightId: RequestId }): Request | undefined {
     const request = this.#requests.get(news.requestId);
-    if (request === undefined || request.flightId !== news.flightId) return undefined;
-    return request.phase === "joined" || request.phase === "following" ? request : undefined;
+    if (request?.phase === "joined") request.flightId = news.flightId;
+    else if (request?.phase !== "following" || request.flightId !== news.flightId) return undefined;
+    return request;
+  }
+
+  /** A shard lost its flights: who waits there asks anew; who reads already needs no news to read on. */
+  #onCacheEnded(path: string, context: Context<RequestMessage>): void {
+    for (const request of this.#requests.values()) {
+      const key = request.facts.cacheKey;
+      if (request.phase !== "joined" || key === undefined) continue;
+      if (this.#refs.cache(key).path !== path) continue;
+      request.cache = "miss";
+      request.flightId = request.facts.requestId;
+      this.#lookUp(request, context);
+    }
+    // It needs a moment to start again; a watch on nobody ends at once.
+    context.startTimer(`watch ${path}`, WATCH_AGAIN_MS, { kind: "request.watch_due", path });
+  }
+
+  #watchCache(shard: ActorRef<CacheMessage>, context: Context<RequestMessage>): void {
+    context.watch(shard, ({ path }) => ({ kind: "request.cache_ended", path }));
   }
 
   #leaveFlight(request: Request, context: Context<RequestMessage>): void {
@@ -784,7 +825,7 @@ export class RequestActor implements Actor<RequestMessage> {
       this.#leaveFlight(request, context);
       return this.#refuse(request, "deadline_exceeded", context);
     }
-    if (request.phase === "following") return; // Its leader's clocks end the stream.
+    if (request.phase === "following") return this.#end(request, "ok", undefined, context);
     const code =
       request.phase === "streaming" ? "upstream_timeout_total" : ("deadline_exceeded" as const);
     this.#abandon(request, code, context);

@@ -133,6 +133,24 @@ describe("request: shared flights", () => {
     expect(await world.books()).toEqual(balanced);
   });
 
+  it("after the lead has passed on, those who wait follow the new leader", async () => {
+    const world = new World(["a"]);
+    const limits = { requestsPerMinute: 60, requestBurst: 1 };
+    world.submit("x", { limits, limitKey: "poor" });
+    world.run(1);
+    const ids = [
+      world.submit("q", { limits, limitKey: "poor" }),
+      ...Array.from({ length: 4 }, () => world.submit("q", { limitKey: "rich" })),
+    ];
+    world.run(2000);
+    const [poor, ...rich] = ids.map((id) => world.outcome(id));
+    expect(poor).toMatchObject({ kind: "refuse", code: "rate_limit_requests" });
+    const flights = new Set(rich.map((outcome) => (outcome as { flightId: string }).flightId));
+    expect(flights.size).toBe(1);
+    expect(world.starts).toHaveLength(2);
+    expect(await world.books()).toEqual(balanced);
+  });
+
   it("a failure of all nodes is everyone's: one round of attempts, one answer each", async () => {
     const world = new World(["a", "b"]);
     const down: Behaviour = { kind: "fails", afterMs: 1, failure: "connect" };
@@ -142,6 +160,59 @@ describe("request: shared flights", () => {
     world.run(3000);
     for (const id of ids) expect(world.outcome(id).kind).toBe("refuse");
     expect(world.starts.length).toBeLessThanOrEqual(2);
+    expect(await world.books()).toEqual(balanced);
+  });
+});
+
+describe("request: actors that crash", () => {
+  it("the cache's: those who waited for a flight ask anew, and nobody is left without an answer", async () => {
+    const world = new World(["a"]);
+    const ids = Array.from({ length: 5 }, () => world.submit("q"));
+    world.run(20);
+    world.crash(world.refs.cache(world.keyOf(ids[0] ?? "")));
+    world.run(5000);
+    for (const id of ids) expect(world.outcome(id).kind).toBe("attach");
+    expect(world.starts).toHaveLength(2);
+    const again = world.submit("q");
+    world.run(100);
+    expect(world.outcome(again)).toMatchObject({ kind: "answer" });
+    expect(await world.books()).toEqual(balanced);
+  });
+
+  it.each(["limiter", "router"] as const)("the %s's: every request is answered", async (actor) => {
+    const world = new World(["a", "b"]);
+    const ids: string[] = [];
+    for (let i = 0; i < 20; i++) {
+      ids.push(world.submit(`q${i}`));
+      if (i % 5 === 0) world.crash<never>(world.refs[actor]);
+      world.run(10);
+    }
+    world.run(90_000);
+    for (const id of ids) expect(world.outcome(id).kind).toBe("attach");
+    expect(await world.books()).toEqual(balanced);
+  });
+
+  it("a node's: its leases are void, and every request is answered", async () => {
+    const world = new World(["a", "b"]);
+    const ids = Array.from({ length: 10 }, (_, i) => world.submit(`q${i}`));
+    world.run(5);
+    world.crash(world.refs.node("a"));
+    world.run(90_000);
+    for (const id of ids) expect(world.outcome(id).kind).toBe("attach");
+    expect(await world.books()).toEqual(balanced);
+  });
+
+  it("its own: everything it held is freed, and the next requests are served", async () => {
+    const world = new World(["a", "b"]);
+    const limits = { requestsPerMinute: 600, requestBurst: 50, concurrent: 10 };
+    for (let i = 0; i < 10; i++) world.submit(`q${i % 4}`, { limits });
+    world.run(20);
+    world.crash(world.refs.requests);
+    world.run(100);
+    expect(await world.books()).toEqual(balanced);
+    const ids = Array.from({ length: 10 }, (_, i) => world.submit(`q${i}`, { limits }));
+    world.run(5000);
+    for (const id of ids) expect(world.outcome(id).kind).toBe("attach");
     expect(await world.books()).toEqual(balanced);
   });
 });

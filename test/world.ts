@@ -272,6 +272,8 @@ export class World {
   readonly upstream = new ModelUpstream(this);
   readonly records: RequestRecord[] = [];
   readonly events: (SystemEvent | RuntimeEvent)[] = [];
+  /** Otherwise a crash of an actor fails the test. */
+  expectsCrashes = false;
   readonly aborts: string[] = [];
   readonly starts: { leaseId: string; node: NodeId; atMs: number }[] = [];
   readonly #nodes: readonly NodeId[];
@@ -311,7 +313,7 @@ export class World {
   #onEvent(event: SystemEvent | RuntimeEvent): void {
     this.events.push(event);
     if (event.kind === "request.finished") this.records.push((event as RequestFinished).record);
-    if (event.kind === "runtime.crashed") {
+    if (event.kind === "runtime.crashed" && !this.expectsCrashes) {
       throw (event as Extract<SystemEvent, { kind: "runtime.crashed" }>).error;
     }
   }
@@ -363,6 +365,12 @@ export class World {
 
   run(ms: number): void {
     this.scheduler.runFor(ms);
+  }
+
+  /** Makes an actor throw: it is sent what it cannot know. */
+  crash<M>(actor: ActorRef<M>): void {
+    this.expectsCrashes = true;
+    this.system.tell(actor as ActorRef<unknown>, { kind: "no such message" });
   }
 
   /** What the client of a request got, in order. */

@@ -119,7 +119,10 @@ function limitsGroup(doc: string) {
       [1, 1_000_000_000],
       "Tokens reserved by requests in flight.",
     ).exactOptional(),
-    tokensPerDay: tokens([1, 1_000_000_000_000], "Tokens a day (UTC).").exactOptional(),
+    tokensPerDay: tokens(
+      [1, 1_000_000_000_000],
+      "Tokens a day: 24 hours from the first one.",
+    ).exactOptional(),
   });
 }
 
