@@ -158,6 +158,7 @@ type Request = {
   started: boolean;
 };
 
+const NOTHING_MORE = {};
 /** Last limit state per key, for the headers of answers that asked no limiter (cache hits). */
 const LIMIT_STATES_MAX = 4096;
 /** What others are given beyond a request's deadline, so that its own timer ends it. */
@@ -278,10 +279,6 @@ export class RequestActor implements Actor<RequestMessage> {
     this.#requests.set(facts.requestId, request);
     const remainingMs = facts.deadlineAtMs - context.nowMs;
     if (remainingMs <= 0) return this.#refuse(request, "deadline_exceeded", context);
-    context.startTimer(facts.requestId, remainingMs, {
-      kind: "request.deadline",
-      requestId: facts.requestId,
-    });
     this.#lookUp(request, context);
   }
 
@@ -289,7 +286,7 @@ export class RequestActor implements Actor<RequestMessage> {
     const { facts } = request;
     const key = facts.cacheKey;
     if (key === undefined) return this.#admit(request, context);
-    request.phase = "looking";
+    request.phase = "looking"; // At most lookupMs long: its deadline timer starts after it.
     context.ask<CacheMessage, LookupReply>(
       this.#refs.cache(key),
       this.#options.lookupMs,
@@ -338,6 +335,7 @@ export class RequestActor implements Actor<RequestMessage> {
         request.cache = "joined";
         request.flightId = reply.flightId;
         request.phase = "joined";
+        this.#startDeadline(request, context);
         if (reply.committed !== undefined) this.#follow(request, reply.committed, context);
         return;
       default:
@@ -347,8 +345,15 @@ export class RequestActor implements Actor<RequestMessage> {
 
   // ---- admission ----------------------------------------------------------------------------------------
 
+  #startDeadline({ facts }: Request, context: Context<RequestMessage>): void {
+    const { requestId, deadlineAtMs } = facts;
+    const afterMs = Math.max(0, deadlineAtMs - context.nowMs);
+    context.startTimer(requestId, afterMs, { kind: "request.deadline", requestId });
+  }
+
   #admit(request: Request, context: Context<RequestMessage>): void {
     request.phase = "admitting";
+    this.#startDeadline(request, context);
     const { facts } = request;
     context.ask<RateLimiterMessage, AdmitReply>(
       this.#refs.limiter,
@@ -545,11 +550,14 @@ export class RequestActor implements Actor<RequestMessage> {
     if (request.attached) return;
     request.attached = true;
     if (!request.clientPresent) return;
+    const facts = this.#answerFacts(request, context.nowMs);
+    facts.node = node;
+    facts.attempts = attempts;
     context.tell(this.#refs.front, {
       kind: "front.attach",
       requestId: request.facts.requestId,
       flightId: request.flightId,
-      facts: { ...this.#answerFacts(request, context.nowMs), node, attempts },
+      facts,
     });
   }
 
@@ -821,7 +829,7 @@ export class RequestActor implements Actor<RequestMessage> {
   #onDeadline(requestId: RequestId, context: Context<RequestMessage>): void {
     const request = this.#requests.get(requestId);
     if (request === undefined) return;
-    if (request.phase === "looking" || request.phase === "joined") {
+    if (request.phase === "joined") {
       this.#leaveFlight(request, context);
       return this.#refuse(request, "deadline_exceeded", context);
     }
@@ -889,26 +897,29 @@ export class RequestActor implements Actor<RequestMessage> {
     outcome: RequestRecord["outcome"],
     code: ErrorCode | undefined,
     context: Context<RequestMessage>,
-    more: { usage?: Usage; stored?: boolean; notStored?: string } = {},
+    more: Pick<RequestRecord, "usage" | "stored" | "notStored"> = NOTHING_MORE,
   ): void {
     const { facts } = request;
     this.#requests.delete(facts.requestId);
-    context.cancelTimer(facts.requestId);
+    if (request.phase !== "looking") context.cancelTimer(facts.requestId);
     if (request.phase === "backing_off") context.cancelTimer(`retry ${facts.requestId}`);
     if (!request.awaitsClosing) this.#forget(facts.requestId, context);
     const record: RequestRecord = {
       facts,
       outcome: request.clientPresent || outcome !== "ok" ? outcome : "left",
-      ...(code === undefined ? {} : { code }),
       cache: request.cache,
-      ...(facts.cacheBypass === undefined ? {} : { cacheDetail: facts.cacheBypass }),
       attempts: request.attempts,
       decisions: request.decisions,
       queuedMs: request.queuedMs,
-      ...(request.ttftMs === undefined ? {} : { ttftMs: request.ttftMs }),
       endedMs: context.nowMs - facts.arrivedAtMs,
-      ...more,
     };
+    // One by one, not by spreading: this is done for every request.
+    if (code !== undefined) record.code = code;
+    if (facts.cacheBypass !== undefined) record.cacheDetail = facts.cacheBypass;
+    if (request.ttftMs !== undefined) record.ttftMs = request.ttftMs;
+    if (more.usage !== undefined) record.usage = more.usage;
+    if (more.stored !== undefined) record.stored = more.stored;
+    if (more.notStored !== undefined) record.notStored = more.notStored;
     context.emit({ kind: "request.finished", record } as RequestFinished);
   }
 
@@ -944,13 +955,14 @@ export class RequestActor implements Actor<RequestMessage> {
   #answerFacts(request: Request, nowMs: number, ageMs?: number): AnswerFacts {
     const { limitKey, limits: own } = request.facts;
     const limits = limitStateAt(request.limits ?? this.#limitStates.get(limitKey), own, nowMs);
-    return {
+    const answerFacts: AnswerFacts = {
       cache: request.cache,
       attempts: request.attempt,
       queuedMs: request.queuedMs,
-      ...(ageMs === undefined ? {} : { ageMs }),
-      ...(limits === undefined ? {} : { limits }),
     };
+    if (ageMs !== undefined) answerFacts.ageMs = ageMs;
+    if (limits !== undefined) answerFacts.limits = limits;
+    return answerFacts;
   }
 
   #rememberLimits(key: string, state: LimitState): void {

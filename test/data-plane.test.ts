@@ -2,6 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { Answer, type AnswerReader } from "../transport/data-plane.ts";
+import { InflightMap } from "../transport/inflight-map.ts";
 
 fc.configureGlobal({ seed: 20_251_124 });
 
@@ -154,6 +155,38 @@ describe("answer", () => {
         },
       ),
       { numRuns: 200 },
+    );
+  });
+});
+
+describe("inflight map", () => {
+  it("is a map, whatever is done with it", () => {
+    const step = fc.tuple(
+      fc.constantFrom("set", "set", "delete", "clear"),
+      fc.constantFrom("a", "b", "c", "d", "e"),
+      fc.nat(),
+    );
+    fc.assert(
+      fc.property(fc.array(step, { maxLength: 200 }), (steps) => {
+        const map = new InflightMap<number>();
+        const model = new Map<string, number>();
+        for (const [what, key, value] of steps) {
+          if (what === "set") {
+            map.set(key, value);
+            model.set(key, value);
+          } else if (what === "delete") expect(map.delete(key)).toBe(model.delete(key));
+          else {
+            map.clear();
+            model.clear();
+          }
+          expect(map.size).toBe(model.size);
+          for (const each of ["a", "b", "c", "d", "e"]) {
+            expect(map.get(each)).toBe(model.get(each));
+            expect(map.has(each)).toBe(model.has(each));
+          }
+          expect(map.values().sort()).toEqual([...model.values()].sort());
+        }
+      }),
     );
   });
 });

@@ -8,25 +8,27 @@
  * once what it still wanted has been forgotten.
  */
 import type { ErrorCode } from "../actors/errors.ts";
-import type { RequestId, Route } from "../actors/protocol.ts";
+import type { Route } from "../actors/protocol.ts";
+import { InflightMap } from "./inflight-map.ts";
 
 /** What is sent to a node. */
-export type OutgoingRequest = {
-  method: string;
+export interface OutgoingRequest {
+  readonly method: string;
   /** Path with query, e.g. "/v1/chat/completions". */
-  path: string;
+  readonly path: string;
   /** Lower-case names; only those that may be forwarded. */
-  headers: Readonly<Record<string, string>>;
-  body: Uint8Array | null;
-  route: Route;
-  model?: string;
-  stream: boolean;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly body: Uint8Array | null;
+  readonly route: Route;
+  readonly model: string | undefined;
+  readonly stream: boolean;
   /** The client asked for `stream_options.include_usage` itself. */
-  wantsUsage: boolean;
+  readonly wantsUsage: boolean;
   /** May be kept in the cache if it ends well. */
-  storable: boolean;
-};
+  readonly storable: boolean;
+}
 
+/** What the node's answer began with. */
 export type AnswerHead = { status: number; contentType: string };
 
 /** "sse": events of a streamed generation. "whole": one JSON body. "raw": bytes of an unknown route. */
@@ -35,6 +37,7 @@ export type AnswerForm = "sse" | "whole" | "raw";
 /** A piece of an answer. `usage`: the event that carries only token counts, not meant for every reader. */
 export type AnswerPart = { bytes: Uint8Array; usage: boolean };
 
+/** How an answer ended: whole, or broken off. */
 export type AnswerEnd = { ok: true } | { ok: false; code: ErrorCode };
 
 /** Bytes that the fastest reader may have unread before the writer pauses; it resumes at half. */
@@ -42,6 +45,7 @@ const UNREAD_BYTES_MAX = 1 << 20;
 /** Forgotten parts are cut off the array once there are so many, so that forgetting stays O(1) each. */
 const FORGOTTEN_PARTS_KEPT = 256;
 
+/** One answer: written once, read by any number. */
 export class Answer {
   readonly form: AnswerForm;
   readonly head: AnswerHead;
@@ -182,8 +186,8 @@ export class AnswerReader {
   }
 }
 
-/** Requests and answers in flight in this process. Entries are removed by `upstream.forget`. */
+/** Requests and answers in flight in this process, by request id. Entries leave with `front.forget`. */
 export class DataPlane {
-  readonly requests = new Map<RequestId, OutgoingRequest>();
-  readonly answers = new Map<RequestId, Answer>();
+  readonly requests = new InflightMap<OutgoingRequest>();
+  readonly answers = new InflightMap<Answer>();
 }

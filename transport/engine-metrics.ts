@@ -8,6 +8,7 @@
  */
 import type { ScrapeSample } from "../actors/protocol.ts";
 
+/** Engines that are recognised; "article" is the JSON of no engine in particular. */
 export const engines = [
   "vllm",
   "sglang",
@@ -17,6 +18,7 @@ export const engines = [
   "llamacpp",
   "article",
 ] as const;
+/** One of `engines`. */
 export type Engine = (typeof engines)[number];
 
 type Figure =
@@ -261,6 +263,7 @@ function ratioOrNaN(value: number): number {
 // ---- JSON -------------------------------------------------------------------------------------------------------
 
 type Json = Record<string, unknown>;
+/** The engine answered, but with nothing to decide on. */
 export type Unusable = { unusable: string };
 
 /** The article's own JSON, or the iteration log that trtllm-serve has on /metrics; null for anything else. */

@@ -9,22 +9,26 @@
 
 import type { AnswerFacts, FrontCommand } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { LimitState, RequestFacts, RequestId, StoredAnswer } from "../actors/protocol.ts";
+import type {
+  LimitState,
+  RequestFacts,
+  RequestId,
+  Route,
+  StoredAnswer,
+} from "../actors/protocol.ts";
 import type { RequestMessage } from "../actors/request.ts";
 import type { Actor, ActorRef } from "../runtime/actor.ts";
-import type { Answer, AnswerEnd, AnswerReader, DataPlane } from "./data-plane.ts";
+import type { Answer, AnswerEnd, AnswerReader, DataPlane, OutgoingRequest } from "./data-plane.ts";
 import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
 import type { Tenant } from "./keys.ts";
 import { assembleAnswer, wholeToSse } from "./openai-answer.ts";
 import {
   affinityKeyOf,
   type BadRequest,
-  cacheKeyOf,
   lowerPriority,
-  prefixBlocksOf,
   type ReadRequest,
   type RequestLimits,
-  readRequest,
+  RequestReader,
   routes,
 } from "./openai-request.ts";
 
@@ -112,6 +116,7 @@ export class Front implements Actor<FrontCommand> {
   /** Whole bodies made from streams, for those who joined a stream without streaming themselves. */
   readonly #gathered = new WeakMap<Answer, Uint8Array>();
   #options: FrontOptions;
+  #reader: RequestReader;
   #requestsStarted = false;
   #draining = false;
   #sequence = 0;
@@ -119,11 +124,13 @@ export class Front implements Actor<FrontCommand> {
 
   constructor(options: FrontOptions, deps: FrontDeps) {
     this.#options = options;
+    this.#reader = new RequestReader(options.requests, options.recordsPrefixes);
     this.#deps = deps;
   }
 
   configure(options: FrontOptions): void {
     this.#options = options;
+    this.#reader = new RequestReader(options.requests, options.recordsPrefixes);
   }
 
   get openCount(): number {
@@ -180,18 +187,11 @@ export class Front implements Actor<FrontCommand> {
         bad("method_not_allowed", `${incoming.path} accepts POST, not ${incoming.method}`),
       );
     }
-    const request = readRequest(route, incoming.body, this.#options.requests);
+    const request = this.#reader.read(route, incoming.body, tenant.tenant);
     if ("code" in request) return refuse(request);
     const unusable = this.#unusableModel(request.model, tenant);
     if (unusable !== undefined) return refuse(unusable);
-    let facts: RequestFacts | BadRequest;
-    try {
-      facts = this.#facts(requestId, request, tenant, incoming);
-    } catch (error) {
-      // Its hashes walk the whole body: nesting without end is what overflows the stack.
-      if (!(error instanceof RangeError)) throw error;
-      return refuse(bad("invalid_request", "the body is nested too deeply"));
-    }
+    const facts = this.#facts(requestId, request, tenant, incoming);
     if ("code" in facts) return refuse(facts);
     return this.#start(facts, request, incoming, sink);
   }
@@ -210,22 +210,8 @@ export class Front implements Actor<FrontCommand> {
       blocked: false,
     };
     this.#open.set(requestId, open);
-    const headers: Record<string, string> = {};
-    for (const name of forwarded) {
-      const value = incoming.header(name);
-      if (value !== undefined) headers[name] = value;
-    }
-    this.#deps.data.requests.set(requestId, {
-      method: incoming.method,
-      path: incoming.path + incoming.query,
-      headers,
-      body: incoming.body.length === 0 ? null : incoming.body,
-      route: facts.route,
-      ...(facts.model === undefined ? {} : { model: facts.model }),
-      stream: facts.stream,
-      wantsUsage: request.wantsUsage,
-      storable: facts.cacheKey !== undefined && facts.cacheWrite,
-    });
+    const storable = facts.cacheKey !== undefined && facts.cacheWrite;
+    this.#deps.data.requests.set(requestId, new Outgoing(incoming, request, storable));
     this.#deps.post(this.#deps.requests, { kind: "request.submit", facts });
     return {
       requestId,
@@ -250,7 +236,7 @@ export class Front implements Actor<FrontCommand> {
       timeoutMs ?? this.#options.requestTimeoutMs,
       this.#options.requestTimeoutMsMax,
     );
-    return {
+    const facts: RequestFacts = {
       requestId,
       tenant: tenant.tenant,
       limitKey: tenant.limitKey,
@@ -258,23 +244,22 @@ export class Front implements Actor<FrontCommand> {
       weight: tenant.weight,
       priority: lowerPriority(tenant.priority, incoming.header("x-headrace-priority")),
       route: request.route,
-      ...(request.model === undefined ? {} : { model: request.model }),
       stream: request.stream,
-      ...(bypass === undefined
-        ? { cacheKey: cacheKeyOf(request, tenant.tenant) }
-        : { cacheBypass: bypass }),
-      cacheRead: !/no-cache/.test(cacheControl),
-      cacheWrite: !/no-store/.test(cacheControl),
-      ...(request.route === "other" ? {} : { affinityKey: affinityKeyOf(request, session) }),
+      cacheRead: !cacheControl.includes("no-cache"),
+      cacheWrite: !cacheControl.includes("no-store"),
       promptTokens: request.promptTokens,
-      ...(request.maxTokens === undefined ? {} : { maxTokens: request.maxTokens }),
       arrivedAtMs: nowMs,
       deadlineAtMs: nowMs + lifeMs,
-      ...(this.#options.recordsPrefixes && request.route !== "other"
-        ? { prefix: prefixBlocksOf(request) }
-        : {}),
-      ...(session === undefined ? {} : { session }),
     };
+    // One by one, not by spreading: this is done for every request.
+    if (request.model !== undefined) facts.model = request.model;
+    if (request.maxTokens !== undefined) facts.maxTokens = request.maxTokens;
+    if (bypass !== undefined) facts.cacheBypass = bypass;
+    else if (request.cacheKey !== undefined) facts.cacheKey = request.cacheKey;
+    if (request.route !== "other") facts.affinityKey = affinityKeyOf(request, session);
+    if (request.prefix.length > 0) facts.prefix = request.prefix;
+    if (session !== undefined) facts.session = session;
+    return facts;
   }
 
   #unusableModel(model: string | undefined, tenant: Tenant): BadRequest | undefined {
@@ -514,6 +499,56 @@ export class Front implements Actor<FrontCommand> {
     if (facts.ageMs !== undefined) headers.push("age", String(Math.floor(facts.ageMs / 1000)));
     if (facts.limits !== undefined) pushLimits(headers, facts.limits);
     return headers;
+  }
+}
+
+/** What goes to a node, made from what came; its headers are picked only when a node is asked. */
+class Outgoing implements OutgoingRequest {
+  readonly #incoming: Incoming;
+  readonly #request: ReadRequest;
+  readonly storable: boolean;
+
+  constructor(incoming: Incoming, request: ReadRequest, storable: boolean) {
+    this.#incoming = incoming;
+    this.#request = request;
+    this.storable = storable;
+  }
+
+  get method(): string {
+    return this.#incoming.method;
+  }
+
+  get path(): string {
+    return this.#incoming.path + this.#incoming.query;
+  }
+
+  get headers(): Readonly<Record<string, string>> {
+    const headers: Record<string, string> = {};
+    for (const name of forwarded) {
+      const value = this.#incoming.header(name);
+      if (value !== undefined) headers[name] = value;
+    }
+    return headers;
+  }
+
+  get body(): Uint8Array | null {
+    return this.#incoming.body.length === 0 ? null : this.#incoming.body;
+  }
+
+  get route(): Route {
+    return this.#request.route;
+  }
+
+  get model(): string | undefined {
+    return this.#request.model;
+  }
+
+  get stream(): boolean {
+    return this.#request.stream;
+  }
+
+  get wantsUsage(): boolean {
+    return this.#request.wantsUsage;
   }
 }
 

@@ -30,6 +30,9 @@ export type HttpFrontDeps = {
   ready: () => Promise<{ ready: boolean; reason: string }>;
 };
 
+/** A body up to this size leaves with its head in one string and one write; each byte stays what it is. */
+const ONE_WRITE_BYTES_MAX = 16_384;
+
 export class HttpFront {
   readonly #options: HttpFrontOptions;
   readonly #deps: HttpFrontDeps;
@@ -186,7 +189,12 @@ class HttpSink implements Sink {
     if (this.#response.destroyed) return;
     if (this.#closes) headers.push("connection", "close");
     this.#response.writeHead(status, headers);
-    this.#response.end(body);
+    if (body.byteLength > ONE_WRITE_BYTES_MAX) this.#response.end(body);
+    else
+      this.#response.end(
+        Buffer.from(body.buffer, body.byteOffset, body.byteLength).toString("latin1"),
+        "latin1",
+      );
   }
 
   head(status: number, headers: string[]): void {

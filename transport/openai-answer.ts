@@ -15,6 +15,7 @@ type Json = Record<string, unknown>;
 
 // ---- streams: reading what a node sends ---------------------------------------------------------------------
 
+/** Bounds of what a scanner holds. */
 export type SseLimits = {
   /** One event, bytes. */
   eventBytesMax: number;
@@ -356,6 +357,7 @@ function hasContent(choice: Json): boolean {
 
 // ---- whole answers ------------------------------------------------------------------------------------------
 
+/** What a whole answer is: good, with what it says and whether it may be kept; or bad, and why. */
 export type WholeVerdict =
   | {
       usage: Usage;
@@ -421,6 +423,7 @@ function isVector(value: unknown): boolean {
 
 // ---- from a stream to a whole answer --------------------------------------------------------------------------
 
+/** The whole answer of a stream; without `body` where the stream was not one. */
 export type Assembled =
   | { body: Uint8Array; usage: Usage; notStorable: string | null }
   | { body?: undefined; bad: string };

@@ -11,19 +11,24 @@ import type { Priority, Route } from "../actors/protocol.ts";
 
 export type RequestLimits = { messagesMax: number; maxTokensMax: number };
 
-/** A request that passed every check. */
+/** What is known of a request that passed every check. Nothing of its text: it may be kept. */
 export type ReadRequest = {
-  route: Route;
-  body: Readonly<Record<string, unknown>>;
-  model: string | undefined;
-  stream: boolean;
+  readonly route: Route;
+  readonly model: string | undefined;
+  readonly stream: boolean;
   /** The client itself asked for the usage event of a stream. */
-  wantsUsage: boolean;
-  maxTokens: number | undefined;
+  readonly wantsUsage: boolean;
+  readonly maxTokens: number | undefined;
   /** Estimated from UTF-8 bytes of text, 3.5 to a token; at least 1. */
-  promptTokens: number;
-  /** Why the exact cache does not apply; absent when it does. */
-  cacheBypass?: string;
+  readonly promptTokens: number;
+  /** A hash of all that may change the answer; undefined when the exact cache does not apply. */
+  readonly cacheKey: string | undefined;
+  /** Why it does not apply. */
+  readonly cacheBypass: string | undefined;
+  /** 32-bit hash of model and prompt head: requests that share it share a KV prefix. */
+  readonly headHash: number;
+  /** Chained hashes of the prompt's blocks of 1024 characters, at most 256; empty unless a recording runs. */
+  readonly prefix: number[];
 };
 
 /** What was wrong and what is accepted, with OpenAI's `param`. */
@@ -50,64 +55,111 @@ export const routes: Readonly<Record<string, Route>> = {
   "/v1/embeddings": "embeddings",
 };
 
-/** Parses and checks a body. Routes Headrace does not know are passed on unread, but for their `model`. */
-export function readRequest(
-  route: Route,
-  bytes: Buffer,
-  limits: RequestLimits,
-): ReadRequest | BadRequest {
-  if (route === "other") return readOther(bytes);
-  let body: unknown;
-  try {
-    body = JSON.parse(bytes.toString("utf8"));
-  } catch (error) {
-    return { code: "invalid_json", message: jsonMessage(bytes, error) };
+/** Bodies up to this size are remembered when read; questions that repeat are short. */
+const REMEMBERED_BYTES_MAX = 4096;
+const REMEMBERED_MAX = 2048;
+
+/**
+ * Reads bodies, and remembers the last few thousand short ones: a question that comes again, byte for byte, is
+ * looked up instead of parsed, checked and hashed anew.
+ */
+export class RequestReader {
+  readonly #limits: RequestLimits;
+  readonly #recordsPrefixes: boolean;
+  /** By tenant, route and text, oldest first. */
+  readonly #remembered = new Map<string, ReadRequest>();
+
+  constructor(limits: RequestLimits, recordsPrefixes: boolean) {
+    this.#limits = limits;
+    this.#recordsPrefixes = recordsPrefixes;
   }
-  if (!isObject(body)) {
+
+  /** Routes Headrace does not know are passed on unread, but for their `model`. */
+  read(route: Route, bytes: Buffer, tenant: string): ReadRequest | BadRequest {
+    if (route === "other") return readOther(bytes);
+    if (bytes.length > REMEMBERED_BYTES_MAX) return this.#parse(route, bytes, tenant);
+    const text = `${route} ${tenant} ${bytes.toString("latin1")}`; // Neither name holds a space.
+    const known = this.#remembered.get(text);
+    if (known !== undefined) return known;
+    const request = this.#parse(route, bytes, tenant);
+    if ("code" in request) return request;
+    this.#remembered.set(text, request);
+    if (this.#remembered.size > REMEMBERED_MAX) {
+      const oldest = this.#remembered.keys().next();
+      if (!oldest.done) this.#remembered.delete(oldest.value);
+    }
+    return request;
+  }
+
+  #parse(route: Route, bytes: Buffer, tenant: string): ReadRequest | BadRequest {
+    let body: unknown;
+    try {
+      body = JSON.parse(bytes.toString("utf8"));
+    } catch (error) {
+      return { code: "invalid_json", message: jsonMessage(bytes, error) };
+    }
+    if (!isObject(body)) {
+      const message = `the body must be a JSON object, not ${kindOf(body)}`;
+      return { code: "invalid_request", message };
+    }
+    const checker = new Checker(body, this.#limits);
+    if (route === "chat") checker.chat();
+    else if (route === "completions") checker.completions();
+    else checker.embeddings();
+    if (checker.bad !== undefined) return checker.bad;
+    try {
+      return this.#facts(route, body, checker, tenant);
+    } catch (error) {
+      // The hashes walk the whole body: nesting without end is what overflows the stack.
+      if (!(error instanceof RangeError)) throw error;
+      return { code: "invalid_request", message: "the body is nested too deeply" };
+    }
+  }
+
+  #facts(
+    route: Route,
+    body: Record<string, unknown>,
+    checker: Checker,
+    tenant: string,
+  ): ReadRequest {
+    const model = body.model as string;
+    const maxTokens = body.max_completion_tokens ?? body.max_tokens;
+    const { bypass } = checker;
     return {
-      code: "invalid_request",
-      message: `the body must be a JSON object, not ${kindOf(body)}`,
+      route,
+      model,
+      stream: body.stream === true,
+      wantsUsage: isObject(body.stream_options) && body.stream_options.include_usage === true,
+      maxTokens: typeof maxTokens === "number" ? maxTokens : undefined,
+      promptTokens: Math.max(1, Math.ceil(checker.textBytes / BYTES_PER_TOKEN)),
+      cacheKey: bypass === undefined ? cacheKeyOf(route, body, tenant) : undefined,
+      cacheBypass: bypass,
+      headHash: headHashOf(route, model, body),
+      prefix: this.#recordsPrefixes ? prefixBlocksOf(route, model, body) : [],
     };
   }
-  const checker = new Checker(body, limits);
-  if (route === "chat") checker.chat();
-  else if (route === "completions") checker.completions();
-  else checker.embeddings();
-  if (checker.bad !== undefined) return checker.bad;
-  const stream = body.stream === true;
-  const streamOptions = body.stream_options;
-  const maxTokens = body.max_completion_tokens ?? body.max_tokens;
-  return {
-    route,
-    body,
-    model: body.model as string,
-    stream,
-    wantsUsage: isObject(streamOptions) && streamOptions.include_usage === true,
-    maxTokens: typeof maxTokens === "number" ? maxTokens : undefined,
-    promptTokens: Math.max(1, Math.ceil(checker.textBytes / BYTES_PER_TOKEN)),
-    ...(checker.bypass === undefined ? {} : { cacheBypass: checker.bypass }),
-  };
 }
 
 function readOther(bytes: Buffer): ReadRequest {
-  let body: Record<string, unknown> = {};
+  let model: unknown;
   if (bytes.length > 0 && bytes[0] === 0x7b) {
     try {
-      const parsed: unknown = JSON.parse(bytes.toString("utf8"));
-      if (isObject(parsed)) body = parsed;
+      model = (JSON.parse(bytes.toString("utf8")) as { model?: unknown }).model;
     } catch {
       // Not ours to judge: the node will.
     }
   }
   return {
     route: "other",
-    body,
-    model: typeof body.model === "string" && body.model !== "" ? body.model : undefined,
+    model: typeof model === "string" && model !== "" ? model : undefined,
     stream: false,
     wantsUsage: false,
     maxTokens: undefined,
     promptTokens: Math.max(1, Math.ceil(bytes.length / BYTES_PER_TOKEN)),
+    cacheKey: undefined,
     cacheBypass: "route is not cached",
+    headHash: 0,
+    prefix: [],
   };
 }
 
@@ -305,9 +357,9 @@ class Checker {
 }
 
 /** sha256 (hex) over all that may change the answer. */
-export function cacheKeyOf(request: ReadRequest, tenant: string): string {
-  const text = canonical(request.body, deliveryFields);
-  return hash("sha256", `1\n${tenant.length}:${tenant}\n${request.route}\n${text}`, "hex");
+function cacheKeyOf(route: Route, body: Record<string, unknown>, tenant: string): string {
+  const text = canonical(body, deliveryFields);
+  return hash("sha256", `1\n${tenant.length}:${tenant}\n${route}\n${text}`, "hex");
 }
 
 /** JSON with object keys sorted, so that equal requests have equal text however they were written. */
@@ -338,12 +390,10 @@ const PREFIX_CHARS = 1024;
 const BLOCK_CHARS = 1024;
 const BLOCKS_MAX = 256;
 
-/** 32-bit hash of model and prompt head (or of a session id): requests that share it share a KV prefix. */
-export function affinityKeyOf(request: ReadRequest, session: string | undefined): number {
-  let h = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
-  if (session !== undefined) return fnv(fnv(h, "session", 7), session, NAME_CHARS) >>> 0;
+function headHashOf(route: Route, model: string, body: Record<string, unknown>): number {
+  let h = fnv(0x811c9dc5, model, NAME_CHARS);
   let left = PREFIX_CHARS;
-  for (const text of promptTexts(request)) {
+  for (const text of promptTexts(route, body)) {
     h = fnv(h, text, left);
     left -= text.length;
     if (left <= 0) break;
@@ -351,12 +401,18 @@ export function affinityKeyOf(request: ReadRequest, session: string | undefined)
   return h >>> 0;
 }
 
-/** Chained hashes of the prompt's blocks of 1024 characters, at most 256: for recordings. */
-export function prefixBlocksOf(request: ReadRequest): number[] {
+/** What keeps a request on its node: its session where it names one, else its prompt's head. */
+export function affinityKeyOf(request: ReadRequest, session: string | undefined): number {
+  if (session === undefined) return request.headHash;
+  const model = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
+  return fnv(model, `session ${session}`, NAME_CHARS) >>> 0;
+}
+
+function prefixBlocksOf(route: Route, model: string, body: Record<string, unknown>): number[] {
   const blocks: number[] = [];
-  let h = fnv(0x811c9dc5, request.model ?? "", NAME_CHARS);
+  let h = fnv(0x811c9dc5, model, NAME_CHARS);
   let room = BLOCK_CHARS;
-  for (const text of promptTexts(request)) {
+  for (const text of promptTexts(route, body)) {
     let at = 0;
     while (at < text.length) {
       const piece = text.slice(at, at + room);
@@ -373,8 +429,7 @@ export function prefixBlocksOf(request: ReadRequest): number[] {
   return blocks;
 }
 
-function* promptTexts(request: ReadRequest): Generator<string> {
-  const { body, route } = request;
+function* promptTexts(route: Route, body: Record<string, unknown>): Generator<string> {
   if (route === "chat") {
     for (const message of body.messages as { role: string; content: unknown }[]) {
       yield message.role;

@@ -11,19 +11,21 @@ import { formatTraceRecord, type TraceRecord } from "./trace-format.ts";
 const RECORDS_MAX = 1000;
 
 export class RecentRequests {
-  readonly #records = new Map<RequestId, RequestRecord>();
+  readonly #ring: RequestRecord[] = [];
+  #next = 0;
 
   add(record: RequestRecord): void {
-    const { requestId } = record.facts;
-    this.#records.delete(requestId);
-    this.#records.set(requestId, record);
-    if (this.#records.size <= RECORDS_MAX) return;
-    const oldest = this.#records.keys().next();
-    if (!oldest.done) this.#records.delete(oldest.value);
+    this.#ring[this.#next] = record;
+    this.#next = (this.#next + 1) % RECORDS_MAX;
   }
 
+  /** The latest of that id. Looked for one by one: adding is what happens for every request. */
   get(requestId: RequestId): RequestRecord | undefined {
-    return this.#records.get(requestId);
+    for (let back = 1; back <= this.#ring.length; back++) {
+      const record = this.#ring[(this.#next - back + RECORDS_MAX) % RECORDS_MAX];
+      if (record?.facts.requestId === requestId) return record;
+    }
+    return undefined;
   }
 }
 

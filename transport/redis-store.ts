@@ -134,6 +134,7 @@ function withJitter(ms: number): number {
   return ms * (0.5 + Math.random() / 2);
 }
 
+/** One connection (or one per cluster node), its figures, and its edge. */
 export class RedisStore {
   readonly #client: Redis | Cluster;
   readonly #keyPrefix: string;
@@ -438,6 +439,7 @@ const VERSION = 1;
 const routes: readonly Route[] = ["chat", "completions", "embeddings", "other"];
 const UINT32_MAX = 0xffff_ffff;
 
+/** The bytes that Redis keeps. */
 export function encodeAnswer(answer: StoredAnswer): Buffer {
   const model = Buffer.from(answer.model, "utf8").subarray(0, 0xffff);
   const value = Buffer.allocUnsafe(HEADER_BYTES + model.length + answer.body.byteLength);

@@ -23,6 +23,7 @@ import {
   sampleFromLoads,
 } from "./engine-metrics.ts";
 
+/** How often each thing is looked at, and how long it may take. */
 export type ScraperOptions = {
   metricsIntervalMs: number;
   metricsTimeoutMs: number;
@@ -33,6 +34,7 @@ export type ScraperOptions = {
   jitterRatio: number;
 };
 
+/** What vLLM and SGLang bear without notice. */
 export const scraperDefaults: ScraperOptions = {
   metricsIntervalMs: 1000,
   metricsTimeoutMs: 800,
@@ -42,6 +44,7 @@ export const scraperDefaults: ScraperOptions = {
   jitterRatio: 0.2,
 };
 
+/** A node as the scraper sees it. */
 export type ScraperNode = {
   node: NodeId;
   /** What "/metrics", "/health" and "/v1/models" are appended to. */
@@ -55,6 +58,7 @@ export type ScraperNode = {
   adapters?: readonly string[];
 };
 
+/** What surrounds the edge. */
 export type ScraperDeps = {
   post: <T>(to: ActorRef<T>, message: T) => void;
   /** Uniform in [0, 1). */
@@ -64,6 +68,7 @@ export type ScraperDeps = {
 /** Metrics of a large vLLM with all histograms are some 300 KB. */
 const BODY_BYTES_MAX = 4 << 20;
 
+/** Nodes are made known by whoever builds it; their actors say when to look. */
 export class ScraperEdge implements Actor<ScraperCommand> {
   readonly #options: ScraperOptions;
   readonly #deps: ScraperDeps;

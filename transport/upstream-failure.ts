@@ -11,6 +11,7 @@
  */
 import type { UpstreamFailure } from "../actors/edges.ts";
 
+/** `detail`: one line for logs and headers, never a node's own words. */
 export type NodeFailure = { failure: UpstreamFailure; detail: string };
 
 /** A longer wait asked for by a node is not believed, ms. */

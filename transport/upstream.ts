@@ -24,10 +24,11 @@
 import { Pool } from "undici";
 import type { UpstreamCommand, UpstreamEvent, UpstreamFailure } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { LeaseId, NodeId, StoredAnswer, Usage } from "../actors/protocol.ts";
+import type { NodeId, StoredAnswer, Usage } from "../actors/protocol.ts";
 import { failureRules } from "../actors/retry-policy.ts";
 import { type Actor, type ActorRef, type ReplyTo, unreachable } from "../runtime/actor.ts";
 import { Answer, type AnswerPart, type DataPlane, type OutgoingRequest } from "./data-plane.ts";
+import { InflightMap } from "./inflight-map.ts";
 import { assembleAnswer, checkWhole, SseScanner, statedError } from "./openai-answer.ts";
 import {
   failureOfError,
@@ -36,6 +37,7 @@ import {
   retryAfterMs,
 } from "./upstream-failure.ts";
 
+/** Bounds of connections and answers; the clocks come with each attempt. */
 export type UpstreamOptions = {
   /** TCP and TLS; at most 1000, or undici's coarse timers make it longer. */
   connectMs: number;
@@ -51,6 +53,7 @@ export type UpstreamOptions = {
   progressMs: number;
 };
 
+/** For a pool of a few nodes on one network. */
 export const upstreamDefaults: UpstreamOptions = {
   connectMs: 1000,
   connectionsMax: 512,
@@ -60,6 +63,7 @@ export const upstreamDefaults: UpstreamOptions = {
   progressMs: 5000,
 };
 
+/** What surrounds the edge. */
 export type UpstreamDeps = {
   data: DataPlane;
   post: <T>(to: ActorRef<T>, message: T) => void;
@@ -91,13 +95,14 @@ const KEEP_ALIVE_MS = 4000;
 /** Never looked at: aborting wants a reason, and one object for all saves its stack trace. */
 const abortReason = new Error("aborted");
 
+/** Nodes are added and removed by whoever builds it; everything else comes as commands. */
 export class UpstreamEdge implements Actor<UpstreamCommand> {
   readonly #options: UpstreamOptions;
   readonly #deps: UpstreamDeps;
   readonly #nodes = new Map<NodeId, Connected>();
   /** All pools not yet closed, also of removed nodes with attempts still running. */
   readonly #pools = new Set<Pool>();
-  readonly #attempts = new Map<LeaseId, Attempt>();
+  readonly #attempts = new InflightMap<Attempt>(); // By lease.
   #heartbeat: NodeJS.Timeout | null = null; // Runs while there are attempts.
 
   constructor(options: UpstreamOptions, deps: UpstreamDeps) {
@@ -170,7 +175,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
     if (connected === undefined) {
       return this.#failAtOnce(start, "connect", "the node is not configured");
     }
-    const forget = (): void => void this.#attempts.delete(leaseId);
+    const forget = (): unknown => this.#attempts.delete(leaseId);
     const attempt = new Attempt(start, request, this.#options, this.#deps, forget);
     this.#attempts.set(leaseId, attempt);
     this.#heartbeat ??= setInterval(() => this.#beat(), this.#options.progressMs).unref();
@@ -212,7 +217,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
   }
 
   #abortAll(code: ErrorCode): void {
-    for (const attempt of [...this.#attempts.values()]) attempt.abort(code);
+    for (const attempt of this.#attempts.values()) attempt.abort(code);
   }
 
   #onProbe(probe: Extract<UpstreamCommand, { kind: "upstream.probe" }>): void {
