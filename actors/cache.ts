@@ -26,6 +26,7 @@
  * longer than its time-out. Everything in memory is lost on a restart: leaders go on, joiners run into their
  * deadlines, the store has the answers. (Joining across shards or processes was refused: a key has one shard.)
  */
+
 import {
   type Actor,
   type ActorRef,
@@ -36,6 +37,7 @@ import {
   type ReplyTo,
   unreachable,
 } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import type { StoreCommand, StoreGot } from "./edges.ts";
 import { EntryStore } from "./entry-store.ts";
 import type { ErrorCode } from "./errors.ts";
@@ -260,7 +262,7 @@ export class CacheActor implements Actor<OwnMessage> {
   readonly #store: ActorRef<StoreCommand> | undefined;
   readonly #entries: EntryStore;
   /** By key; those that run in the order in which they began, so that the first lapses first. */
-  readonly #flights = new Map<string, LookingUp | Running>();
+  readonly #flights = new InflightMap<string, LookingUp | Running>();
   /** Waiters, joiners, and leaders whose client is there. */
   #participants = 0;
   /** Purges that the store works on; until it has, it is not asked for answers of theirs. */

@@ -10,6 +10,7 @@
  * still never see each other's answers.
  */
 import { assert } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import { LruList, type LruNode } from "./lru-list.ts";
 import type { StoredAnswer } from "./protocol.ts";
 
@@ -36,11 +37,11 @@ export interface Entry extends LruNode<Entry> {
 }
 
 export class EntryStore {
-  readonly #entries = new Map<string, Entry>();
-  readonly #byTenant = new Map<string, Set<Entry>>();
+  readonly #entries = new InflightMap<string, Entry>();
+  readonly #byTenant = new Map<string, InflightMap<string, Entry>>();
   readonly #order = new LruList<Entry>();
-  /** Goes round `#entries`, which a Map's iterator survives deletions and insertions of. */
-  #sweeper: MapIterator<Entry> = this.#entries.values();
+  /** Goes round `#entries`, whose deletions and insertions it survives. */
+  #sweeper = this.#entries[Symbol.iterator]();
   #bytes = 0;
   #bytesMax: number;
   readonly #answerBytesMax: number;
@@ -131,9 +132,12 @@ export class EntryStore {
     this.#entries.set(key, entry);
     this.#order.addHottest(entry);
     this.#bytes += bytes;
-    const ofTenant = this.#byTenant.get(tenant);
-    if (ofTenant === undefined) this.#byTenant.set(tenant, new Set([entry]));
-    else ofTenant.add(entry);
+    let ofTenant = this.#byTenant.get(tenant);
+    if (ofTenant === undefined) {
+      ofTenant = new InflightMap();
+      this.#byTenant.set(tenant, ofTenant);
+    }
+    ofTenant.set(key, entry);
     return true;
   }
 
@@ -158,7 +162,7 @@ export class EntryStore {
     const ofTenant = this.#byTenant.get(tenant);
     if (ofTenant === undefined) return 0;
     const removed = ofTenant.size;
-    for (const entry of ofTenant) this.#remove(entry);
+    for (const [, entry] of ofTenant) this.#remove(entry);
     return removed;
   }
 
@@ -167,12 +171,13 @@ export class EntryStore {
     for (let looked = 0; looked < entriesMax; looked++) {
       const step = this.#sweeper.next();
       if (step.done) {
-        this.#sweeper = this.#entries.values();
+        this.#sweeper = this.#entries[Symbol.iterator]();
         return;
       }
-      if (nowMs < step.value.expiresAtMs) continue;
+      const [, entry] = step.value;
+      if (nowMs < entry.expiresAtMs) continue;
       this.#expired++;
-      this.#remove(step.value);
+      this.#remove(entry);
     }
   }
 
@@ -198,7 +203,7 @@ export class EntryStore {
     this.#bytes -= entry.bytes;
     const ofTenant = this.#byTenant.get(entry.tenant);
     if (ofTenant === undefined) return;
-    ofTenant.delete(entry);
+    ofTenant.delete(entry.key);
     if (ofTenant.size === 0) this.#byTenant.delete(entry.tenant);
   }
 }

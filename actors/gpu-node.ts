@@ -27,6 +27,7 @@
  *
  * It chooses nothing (router.ts), retries nothing (request.ts), and touches no engine itself.
  */
+
 import {
   type Actor,
   type ActorRef,
@@ -37,6 +38,7 @@ import {
   type Terminated,
   unreachable,
 } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import {
   type CallResult,
   CircuitBreaker,
@@ -279,7 +281,7 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
   readonly #routers = new Map<string, ActorRef<NodeChanged>>();
 
   /** Ordered by expiry, soonest first: renewing moves a lease to the end. At most the cap's ceiling. */
-  readonly #leases = new Map<LeaseId, Lease>();
+  readonly #leases = new InflightMap<LeaseId, Lease>();
   #prefillTokens = 0;
   #isSweepArmed = false;
   readonly #totals: Record<LeaseOutcome, number> = {

@@ -19,7 +19,9 @@
  * is lost on a restart; keys then start whole. (Asking here once per request keeps one owner per key and no
  * copies to reconcile; leases of allowance to several askers were left out until one process is not enough.)
  */
+
 import { type Actor, assert, type Context, type ReplyTo, unreachable } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import type { ErrorCode } from "./errors.ts";
 import { Gcra } from "./gcra.ts";
 import { requestBurstOf, tokenBurstOf } from "./limit-state.ts";
@@ -173,7 +175,7 @@ export class RateLimiterActor implements Actor<OwnMessage> {
   readonly #options: RateLimiterOptions;
   readonly #keys = new Map<string, Key>();
   readonly #order = new LruList<Key>();
-  readonly #reservations = new Map<RequestId, Reservation>();
+  readonly #reservations = new InflightMap<RequestId, Reservation>();
   readonly #spare: Reservation[] = [];
   /** When the timer is due; Infinity = it does not run. */
   #lapseDueAtMs = Number.POSITIVE_INFINITY;

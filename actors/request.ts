@@ -20,6 +20,7 @@
  * a restart: `start` then tells every owner (`owner_restarted`), so that leases, reservations and flights are
  * freed and every open client gets an error instead of silence.
  */
+
 import {
   type Actor,
   type ActorRef,
@@ -28,6 +29,7 @@ import {
   type ReplyTo,
   unreachable,
 } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import type { CacheMessage, FlightClosed, FlightNews, FlightResult, LookupReply } from "./cache.ts";
 import type {
   AnswerFacts,
@@ -172,7 +174,7 @@ const ROUTER_CRASHES_MAX = 1;
 
 export class RequestActor implements Actor<RequestMessage> {
   readonly #refs: RequestRefs;
-  readonly #requests = new Map<RequestId, Request>();
+  readonly #requests = new InflightMap<RequestId, Request>();
   readonly #limitStates = new Map<string, LimitState>();
   readonly #ttft = new TtftBands();
   #options: RequestOptions;

@@ -23,6 +23,7 @@
  * lease granted to nobody expires at its node. It sees no prompt and no answer, retries nothing by itself
  * (request.ts), and counts no node's leases (gpu-node.ts).
  */
+
 import {
   type Actor,
   type ActorRef,
@@ -32,6 +33,7 @@ import {
   type Terminated,
   unreachable,
 } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import type { ErrorCode } from "./errors.ts";
 import { FairQueue, type FairQueueOptions, type QueueEntry } from "./fair-queue.ts";
 import type { AcquireReply, GpuNodeMessage, NodeChanged } from "./gpu-node.ts";
@@ -273,7 +275,7 @@ export class RouterActor implements Actor<RouterMessage> {
   readonly #pools = new Map<string | undefined, Pool>();
   readonly #poolsOf = new Map<NodeId, Pool[]>();
   /** Being asked for, or waiting: bounded by the nodes' caps and the queues' bounds. */
-  readonly #choices = new Map<RequestId, Choice>();
+  readonly #choices = new InflightMap<RequestId, Choice>();
   readonly #sent = new SentPrompts();
   /** Nodes whose actor we watch. */
   readonly #watched = new Set<NodeId>();

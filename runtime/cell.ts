@@ -19,6 +19,7 @@ import {
   type TreeSpec,
 } from "./actor.ts";
 import type { Clock, TimerHandle } from "./clock.ts";
+import type { InflightMap } from "./inflight-map.ts";
 import { Mail, Mailbox } from "./mailbox.ts";
 import type { Random } from "./random.ts";
 import type { Runnable } from "./scheduler.ts";
@@ -195,7 +196,7 @@ export class Cell implements Supervised, Runnable {
   isAwake = false;
   random: Random | undefined;
   /** Timers set and not yet handled, by key. */
-  timers: Map<string, ActorTimer> | undefined;
+  timers: InflightMap<string, ActorTimer> | undefined;
   /** Watches this incarnation set, until it handled their end. */
   watches: Set<Watch> | undefined;
   /** Watches set on this incarnation. */

@@ -44,6 +44,7 @@ import {
 } from "./cell.ts";
 import type { Clock } from "./clock.ts";
 import { type DeadLetter, type DeadLetterReason, DeadLetters, kindOf } from "./dead-letters.ts";
+import { InflightMap } from "./inflight-map.ts";
 import { Mail } from "./mailbox.ts";
 import type { Random } from "./random.ts";
 import type { Scheduler } from "./scheduler.ts";
@@ -170,7 +171,7 @@ class Kernel implements CellHost {
   /** Everything that has a path. */
   readonly #nodes = new Map<string, Cell | Supervisor>();
   /** Open asks made here, by id; each has a timer, so the table is bounded by rate × timeout. */
-  readonly #asks = new Map<number, Ask>();
+  readonly #asks = new InflightMap<number, Ask>();
   /** Watches set here on other processes, by id, until their end came. */
   readonly #watchesOut = new Map<number, Watch>();
   readonly #deadLetters = new DeadLetters();
@@ -538,7 +539,7 @@ class Kernel implements CellHost {
     if (cell.asksFrom === 0 && cell.asksTo === 0) return;
     const waiting = new Set<Tag | undefined>();
     for (const mail of cell.mailbox) waiting.add(mail.tag);
-    for (const ask of [...this.#asks.values()]) {
+    for (const ask of this.#asks.values()) {
       if (ask.origin.kind === "actor" && ask.origin.cell === cell) this.#close(ask);
       else if (ask.target === cell && !waiting.has(ask)) this.#answer(ask, { ok: false, failure });
     }
@@ -570,7 +571,7 @@ class Kernel implements CellHost {
     const handle = this.clock.schedule(afterUs, () =>
       this.#notify(to, cell, message, notice, true),
     );
-    cell.timers ??= new Map();
+    cell.timers ??= new InflightMap();
     cell.timers.set(key, { notice, handle });
   }
 
@@ -699,7 +700,7 @@ class Kernel implements CellHost {
     const { path, uid } = cell;
     cell.isRunning = false;
     cell.isStopping = false;
-    for (const key of [...(cell.timers?.keys() ?? [])]) this.#cancelTimer(cell, key);
+    for (const key of cell.timers?.keys() ?? []) this.#cancelTimer(cell, key);
     for (const watch of cell.watches ?? []) this.#dropWatch(watch);
     cell.uid = -1;
     cell.actor = undefined;
@@ -758,7 +759,7 @@ class Kernel implements CellHost {
 
   stopAll(): void {
     this.#root?.dispose();
-    for (const ask of [...this.#asks.values()]) {
+    for (const ask of this.#asks.values()) {
       this.#answer(ask, { ok: false, failure: "stopped" });
     }
     this.#scheduler.shutdown?.();
@@ -837,7 +838,7 @@ class Kernel implements CellHost {
   }
 
   disconnected(isGone: (path: string) => boolean): void {
-    for (const ask of [...this.#asks.values()]) {
+    for (const ask of this.#asks.values()) {
       if (ask.sentTo === undefined || !isGone(ask.sentTo)) continue;
       this.#answer(ask, { ok: false, failure: "disconnected" });
     }

@@ -1,8 +1,8 @@
 /** An Answer's promises to its writer and readers. */
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import { Answer, type AnswerReader } from "../transport/data-plane.ts";
-import { InflightMap } from "../transport/inflight-map.ts";
 
 fc.configureGlobal({ seed: 20_251_124 });
 
@@ -168,7 +168,7 @@ describe("inflight map", () => {
     );
     fc.assert(
       fc.property(fc.array(step, { maxLength: 200 }), (steps) => {
-        const map = new InflightMap<number>();
+        const map = new InflightMap<string, number>();
         const model = new Map<string, number>();
         for (const [what, key, value] of steps) {
           if (what === "set") {

@@ -17,7 +17,7 @@ const code = ["runtime", "actors", "transport", "sim", "bin", "test"] as const;
 /** Where imports may point: folders, "transport (pure)", or single files. */
 const arrows: Readonly<Record<(typeof code)[number], readonly string[]>> = {
   runtime: ["runtime"],
-  actors: ["actors", "runtime/actor.ts"],
+  actors: ["actors", "runtime/actor.ts", "runtime/inflight-map.ts"],
   transport: ["transport", "actors", "runtime"],
   sim: ["sim", "actors", "runtime", "transport (pure)"],
   bin: ["bin", "sim", "transport", "actors", "runtime"],

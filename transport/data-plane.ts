@@ -8,8 +8,8 @@
  * once what it still wanted has been forgotten.
  */
 import type { ErrorCode } from "../actors/errors.ts";
-import type { Route } from "../actors/protocol.ts";
-import { InflightMap } from "./inflight-map.ts";
+import type { RequestId, Route } from "../actors/protocol.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 
 /** What is sent to a node. */
 export interface OutgoingRequest {
@@ -188,6 +188,6 @@ export class AnswerReader {
 
 /** Requests and answers in flight in this process, by request id. Entries leave with `front.forget`. */
 export class DataPlane {
-  readonly requests = new InflightMap<OutgoingRequest>();
-  readonly answers = new InflightMap<Answer>();
+  readonly requests = new InflightMap<RequestId, OutgoingRequest>();
+  readonly answers = new InflightMap<RequestId, Answer>();
 }

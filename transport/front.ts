@@ -18,6 +18,7 @@ import type {
 } from "../actors/protocol.ts";
 import type { RequestMessage } from "../actors/request.ts";
 import type { Actor, ActorRef } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import type { Answer, AnswerEnd, AnswerReader, DataPlane, OutgoingRequest } from "./data-plane.ts";
 import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
 import type { Tenant } from "./keys.ts";
@@ -112,7 +113,7 @@ const requestIdPattern = /^[A-Za-z0-9._-]{1,128}$/;
 
 export class Front implements Actor<FrontCommand> {
   readonly #deps: FrontDeps;
-  readonly #open = new Map<RequestId, Open>();
+  readonly #open = new InflightMap<RequestId, Open>();
   /** Whole bodies made from streams, for those who joined a stream without streaming themselves. */
   readonly #gathered = new WeakMap<Answer, Uint8Array>();
   #options: FrontOptions;
@@ -152,7 +153,7 @@ export class Front implements Actor<FrontCommand> {
 
   /** Cuts every open request: what remains when the time to drain is over. */
   cutAll(): void {
-    for (const open of [...this.#open.values()]) {
+    for (const open of this.#open.values()) {
       if (open.state === "waiting") this.#fail(open, "shutting_down");
       else this.#breakOff(open, "shutting_down");
       this.#tellLeft(open.requestId);
@@ -342,7 +343,7 @@ export class Front implements Actor<FrontCommand> {
           this.#requestsStarted = true;
           return;
         }
-        for (const open of [...this.#open.values()]) {
+        for (const open of this.#open.values()) {
           if (open.state === "waiting") this.#fail(open, "internal");
           else this.#breakOff(open, "internal");
         }
@@ -393,7 +394,12 @@ export class Front implements Actor<FrontCommand> {
     const { reader, answer } = open;
     if (reader === null || answer === null || open.state !== "answering") return;
     if (!open.passes) {
-      if (answer.end !== null) this.#deliverEnded(open, answer, answer.end);
+      // Taken part by part all the same: a reader that does not read would halt the writer.
+      let next = reader.next();
+      while (next !== "wait" && next !== "overrun" && "bytes" in next) next = reader.next();
+      if (next === "overrun")
+        this.#fail(open, "internal", "the answer was too long to be gathered");
+      else if (next !== "wait") this.#deliverEnded(open, answer, next);
       return;
     }
     for (;;) {

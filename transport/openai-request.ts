@@ -57,7 +57,7 @@ export const routes: Readonly<Record<string, Route>> = {
 
 /** Bodies up to this size are remembered when read; questions that repeat are short. */
 const REMEMBERED_BYTES_MAX = 4096;
-const REMEMBERED_MAX = 2048;
+const GENERATION_MAX = 1024;
 
 /**
  * Reads bodies, and remembers the last few thousand short ones: a question that comes again, byte for byte, is
@@ -66,8 +66,9 @@ const REMEMBERED_MAX = 2048;
 export class RequestReader {
   readonly #limits: RequestLimits;
   readonly #recordsPrefixes: boolean;
-  /** By tenant, route and text, oldest first. */
-  readonly #remembered = new Map<string, ReadRequest>();
+  /** By route, tenant and text. When the young are many they become the old, and the old are forgotten. */
+  #young = new Map<string, ReadRequest>();
+  #old = new Map<string, ReadRequest>();
 
   constructor(limits: RequestLimits, recordsPrefixes: boolean) {
     this.#limits = limits;
@@ -79,15 +80,15 @@ export class RequestReader {
     if (route === "other") return readOther(bytes);
     if (bytes.length > REMEMBERED_BYTES_MAX) return this.#parse(route, bytes, tenant);
     const text = `${route} ${tenant} ${bytes.toString("latin1")}`; // Neither name holds a space.
-    const known = this.#remembered.get(text);
+    const known = this.#young.get(text);
     if (known !== undefined) return known;
-    const request = this.#parse(route, bytes, tenant);
+    const request = this.#old.get(text) ?? this.#parse(route, bytes, tenant);
     if ("code" in request) return request;
-    this.#remembered.set(text, request);
-    if (this.#remembered.size > REMEMBERED_MAX) {
-      const oldest = this.#remembered.keys().next();
-      if (!oldest.done) this.#remembered.delete(oldest.value);
+    if (this.#young.size >= GENERATION_MAX) {
+      this.#old = this.#young;
+      this.#young = new Map();
     }
+    this.#young.set(text, request);
     return request;
   }
 

@@ -24,11 +24,11 @@
 import { Pool } from "undici";
 import type { UpstreamCommand, UpstreamEvent, UpstreamFailure } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { NodeId, StoredAnswer, Usage } from "../actors/protocol.ts";
+import type { LeaseId, NodeId, StoredAnswer, Usage } from "../actors/protocol.ts";
 import { failureRules } from "../actors/retry-policy.ts";
 import { type Actor, type ActorRef, type ReplyTo, unreachable } from "../runtime/actor.ts";
+import { InflightMap } from "../runtime/inflight-map.ts";
 import { Answer, type AnswerPart, type DataPlane, type OutgoingRequest } from "./data-plane.ts";
-import { InflightMap } from "./inflight-map.ts";
 import { assembleAnswer, checkWhole, SseScanner, statedError } from "./openai-answer.ts";
 import {
   failureOfError,
@@ -102,7 +102,7 @@ export class UpstreamEdge implements Actor<UpstreamCommand> {
   readonly #nodes = new Map<NodeId, Connected>();
   /** All pools not yet closed, also of removed nodes with attempts still running. */
   readonly #pools = new Set<Pool>();
-  readonly #attempts = new InflightMap<Attempt>(); // By lease.
+  readonly #attempts = new InflightMap<LeaseId, Attempt>(); // By lease.
   #heartbeat: NodeJS.Timeout | null = null; // Runs while there are attempts.
 
   constructor(options: UpstreamOptions, deps: UpstreamDeps) {

@@ -8,9 +8,9 @@
  * stand for lies in an array whose places are used again, so that nothing of a request hangs on an old table.
  */
 
-/** Insertion order is not kept. */
-export class InflightMap<V> {
-  readonly #places = new Map<string, number>();
+/** Walked through in the order of insertion; the present key may be deleted meanwhile. */
+export class InflightMap<K extends string | number, V> {
+  readonly #places = new Map<K, number>();
   readonly #values: (V | undefined)[] = [];
   readonly #free: number[] = [];
 
@@ -18,23 +18,23 @@ export class InflightMap<V> {
     return this.#places.size;
   }
 
-  has(key: string): boolean {
+  has(key: K): boolean {
     return this.#places.has(key);
   }
 
-  get(key: string): V | undefined {
+  get(key: K): V | undefined {
     const place = this.#places.get(key);
     return place === undefined ? undefined : this.#values[place];
   }
 
-  set(key: string, value: V): void {
+  set(key: K, value: V): void {
     const place = this.#places.get(key) ?? this.#free.pop() ?? this.#values.length;
     this.#places.set(key, place);
     this.#values[place] = value;
   }
 
   /** False when there was no such key. */
-  delete(key: string): boolean {
+  delete(key: K): boolean {
     const place = this.#places.get(key);
     if (place === undefined) return false;
     this.#places.delete(key);
@@ -50,12 +50,19 @@ export class InflightMap<V> {
   }
 
   /** A copy: the map may change while it is walked through. */
+  keys(): K[] {
+    return [...this.#places.keys()];
+  }
+
+  /** A copy: the map may change while it is walked through. */
   values(): V[] {
-    const values: V[] = [];
-    for (const place of this.#places.values()) {
+    return Array.from(this, ([, value]) => value);
+  }
+
+  *[Symbol.iterator](): Generator<[K, V]> {
+    for (const [key, place] of this.#places) {
       const value = this.#values[place];
-      if (value !== undefined) values.push(value);
+      if (value !== undefined) yield [key, value];
     }
-    return values;
   }
 }
