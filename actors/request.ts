@@ -163,6 +163,8 @@ type Request = {
 const NOTHING_MORE = {};
 /** Last limit state per key, for the headers of answers that asked no limiter (cache hits). */
 const LIMIT_STATES_MAX = 4096;
+/** The cache must hear of an end, however long its mail takes: an ask that expires is dropped unread. */
+const CLOSE_MS = 60_000;
 /** What others are given beyond a request's deadline, so that its own timer ends it. */
 const DEADLINE_MARGIN_MS = 1000;
 /** Before a cache shard that ended is watched again. */
@@ -804,7 +806,7 @@ export class RequestActor implements Actor<RequestMessage> {
     request.awaitsClosing = true;
     context.ask<CacheMessage, FlightClosed>(
       this.#refs.cache(key),
-      this.#options.lookupMs,
+      CLOSE_MS,
       (replyTo) => ({ kind: "cache.flight_ended", key, flightId: requestId, result, replyTo }),
       () => ({ kind: "request.flight_closed", requestId }),
     );
