@@ -26,9 +26,10 @@ export function demoCommand(): Command {
     .option("--once", "end after the tour instead of staying up")
     .action(async (flags: { port: string; once?: boolean }) => {
       const demo = new Demo(Number(flags.port));
-      const end = async (code: number): Promise<never> => {
-        await demo.stop();
-        process.exit(code);
+      let ended: Promise<never> | undefined;
+      const end = (code: number): Promise<never> => {
+        ended ??= demo.stop().then(() => process.exit(code));
+        return ended;
       };
       process.once("SIGINT", () => void end(0));
       process.once("SIGTERM", () => void end(0));
@@ -36,6 +37,7 @@ export function demoCommand(): Command {
         await demo.start();
         await demo.tour();
       } catch (error) {
+        if (ended !== undefined) return ended; // The stop took its processes away: no failure.
         console.error(
           pc.red(`the tour stopped: ${error instanceof Error ? error.message : String(error)}`),
         );
@@ -61,7 +63,8 @@ class Demo {
   readonly #folder = mkdtempSync(join(tmpdir(), "headrace-demo-"));
   readonly #agent = new Agent({ keepAlive: true, maxSockets: 1024 });
   readonly #nodes = new Map<string, { process: ChildProcess; port: number }>();
-  #gateway: ChildProcess | null = null;
+  /** All that were ever started: those that are still starting must end, too. */
+  readonly #children: ChildProcess[] = [];
   #port = 0;
   #stopping = false;
 
@@ -79,8 +82,7 @@ class Demo {
     for (const name of NODES) say(`node ${name} on port ${this.#nodes.get(name)?.port}`);
     const config = join(this.#folder, "headrace.json");
     writeFileSync(config, JSON.stringify(this.#config(), null, 2));
-    this.#gateway = startHeadrace(["serve", "--config", config]);
-    this.#port = await listeningPort(this.#gateway, "the gateway");
+    this.#port = await listeningPort(this.#fork(["serve", "--config", config]), "the gateway");
     await this.#untilAllNodesKnown();
     say(`gateway on http://127.0.0.1:${this.#port}`);
   }
@@ -107,8 +109,15 @@ class Demo {
 
   async #startNode(name: string, port: number): Promise<void> {
     const flags = ["node", "--port", String(port), "--model", MODEL, "--name", name];
-    const child = startHeadrace([...flags, "--law", "llama-3.1-8b/h100", "--speed", "2"]);
+    const child = this.#fork([...flags, "--law", "llama-3.1-8b/h100", "--speed", "2"]);
     this.#nodes.set(name, { process: child, port: await listeningPort(child, `node ${name}`) });
+  }
+
+  #fork(args: string[]): ChildProcess {
+    if (this.#stopping) throw new Error("the demo is ending");
+    const child = startHeadrace(args);
+    this.#children.push(child);
+    return child;
   }
 
   async #untilAllNodesKnown(): Promise<void> {
@@ -122,11 +131,9 @@ class Demo {
   }
 
   async stop(): Promise<void> {
-    if (this.#stopping) return;
     this.#stopping = true;
     this.#agent.destroy();
-    const all = [this.#gateway, ...[...this.#nodes.values()].map((node) => node.process)];
-    await Promise.all(all.map((child) => endChild(child)));
+    await Promise.all(this.#children.map(endChild));
     rmSync(this.#folder, { recursive: true, force: true });
   }
 
@@ -192,11 +199,12 @@ class Demo {
   async #showFailover(): Promise<void> {
     title("5. A node is killed under load: nothing is lost, the others take over");
     const victim = this.#nodes.get("gpu-2");
-    const load = this.#load(90, 30, "failover");
-    await sleep(1000);
-    say(pc.yellow("kill -9 gpu-2"));
-    victim?.process.kill("SIGKILL");
-    const replies = await load;
+    const kill = async () => {
+      await sleep(1000);
+      say(pc.yellow("kill -9 gpu-2"));
+      victim?.process.kill("SIGKILL");
+    };
+    const [replies] = await Promise.all([this.#load(90, 30, "failover"), kill()]);
     const failed = replies.filter((reply) => reply.status !== 200);
     const retried = replies.filter((reply) => Number(reply.headers["x-headrace-attempts"]) > 1);
     say(
@@ -245,13 +253,12 @@ class Demo {
   // ---- requests -----------------------------------------------------------------------------------------
 
   /** `count` different questions, one every `everyMs`; resolves with all replies. */
-  async #load(count: number, everyMs: number, name: string): Promise<Reply[]> {
-    const replies: Promise<Reply>[] = [];
-    for (let i = 0; i < count; i++) {
-      replies.push(this.#chat(`Question ${i} of ${name}.`, KEYS.acme, { max_tokens: 64 }));
-      await sleep(everyMs);
-    }
-    return Promise.all(replies);
+  #load(count: number, everyMs: number, name: string): Promise<Reply[]> {
+    const ask = async (i: number) => {
+      await sleep(i * everyMs);
+      return this.#chat(`Question ${i} of ${name}.`, KEYS.acme, { max_tokens: 64 });
+    };
+    return Promise.all(Array.from({ length: count }, (_, i) => ask(i)));
   }
 
   #chat(question: string, key: string, more: Record<string, unknown> = {}): Promise<Reply> {
@@ -340,8 +347,8 @@ async function listeningPort(child: ChildProcess, what: string): Promise<number>
   return port;
 }
 
-async function endChild(child: ChildProcess | null): Promise<void> {
-  if (child === null || child.exitCode !== null || child.signalCode !== null) return;
+async function endChild(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return;
   const exited = once(child, "exit");
   child.kill("SIGTERM");
   const timer = setTimeout(() => child.kill("SIGKILL"), 3000);

@@ -48,9 +48,9 @@ async function startNode(routes: Record<string, Route | string>): Promise<TestNo
 const to: ActorRef<ScraperEvent> = { path: "/nodes/a", uid: 1 };
 const quick: ScraperOptions = {
   metricsIntervalMs: 5,
-  metricsTimeoutMs: 1000,
+  metricsTimeoutMs: 30_000,
   healthIntervalMs: 5,
-  healthTimeoutMs: 1000,
+  healthTimeoutMs: 30_000,
   modelsIntervalMs: 5,
   jitterRatio: 0.2,
 };

@@ -877,14 +877,14 @@ describe("upstream: backpressure", () => {
   it("reads no further while no reader has room, does not call that a stall, and goes on later", async () => {
     const node = await flood(sseHead, 300, piece(stop + done) + lastChunk);
     const rig = new Rig(node, { answerBytesMax: 64 << 20 });
-    rig.start({}, { stallMs: 50 });
+    rig.start({}, { stallMs: 1000 });
     await rig.event("upstream.first_token");
     let seen = 0;
     const reader = rig.data.answers.get("r1")?.read(() => {});
     const appended = (): number =>
       (rig.data.answers.get("r1")?.parts ?? []).reduce((sum, part) => sum + part.bytes.length, 0);
     await waitFor(() => appended() > 1 << 20);
-    await delay(150);
+    await delay(1300);
     expect(appended()).toBeLessThan(2 << 20);
     expect(rig.events.length).toBe(1);
     while (rig.data.answers.get("r1")?.end !== undefined) {

@@ -7,8 +7,12 @@
  */
 import { createReadStream } from "node:fs";
 import { createInterface } from "node:readline";
+import { setTimeout as delay } from "node:timers/promises";
 import type { Front, Incoming, Sink } from "./front.ts";
 import type { Tenant } from "./keys.ts";
+
+/** How long a prompt that was shed, because the nodes are busy with live traffic, waits before it asks again. */
+const BUSY_PAUSE_MS = 1000;
 
 export type WarmupOptions = {
   file: string;
@@ -37,22 +41,31 @@ export async function warmUp(front: Front, options: WarmupOptions): Promise<Warm
   const report: WarmupReport = { done: 0, filled: 0, present: 0, failures: [] };
   const running = new Set<Promise<void>>();
   const input = createReadStream(options.file, "utf8");
-  const opened = new Promise<void>((resolve, reject) => {
-    input.once("open", () => resolve());
-    input.once("error", reject);
+  const lines = createInterface({ input, crlfDelay: Number.POSITIVE_INFINITY });
+  let unreadable: Error | undefined;
+  input.once("error", (error) => {
+    unreadable = error;
+    lines.close(); // Not every Node passes the error on to the loop, which would wait for ever.
   });
-  await opened;
   let line = 0;
-  for await (const text of createInterface({ input, crlfDelay: Number.POSITIVE_INFINITY })) {
-    line++;
-    if (options.signal?.aborted === true) break;
-    const prompt = text.trim();
-    if (prompt === "" || prompt.startsWith("#")) continue;
-    while (running.size >= options.inflightMax) await Promise.race(running);
-    const one = warmOne(front, prompt, line, options, report).finally(() => running.delete(one));
-    running.add(one);
+  try {
+    for await (const text of lines) {
+      line++;
+      const prompt = text.trim();
+      if (prompt === "" || prompt.startsWith("#")) continue;
+      while (running.size >= options.inflightMax) await Promise.race(running);
+      if (options.signal?.aborted === true) break;
+      const one = warmOne(front, prompt, line, options, report).finally(() => running.delete(one));
+      running.add(one);
+    }
+  } catch (error) {
+    if (error !== unreadable) throw error;
   }
+  input.destroy();
   await Promise.all(running);
+  if (unreadable !== undefined) {
+    throw new Error(`warmup.file ${options.file} cannot be read: ${unreadable.message}`);
+  }
   return report;
 }
 
@@ -67,7 +80,7 @@ async function warmOne(
   const outcome =
     body === null
       ? { status: 400, cache: "", reason: "the line is not a JSON object" }
-      : await submit(front, body, options.tenant);
+      : await submitWhenIdle(front, body, options);
   report.done++;
   if (outcome.status !== 200) report.failures.push({ line, reason: outcome.reason });
   else if (outcome.cache.startsWith("hit")) report.present++;
@@ -86,6 +99,23 @@ function bodyOf(prompt: string, model: string): Buffer | null {
     );
   } catch {
     return null;
+  }
+}
+
+/** The lowest priority is shed under load, not queued: so it comes again, until the warm-up is to end. */
+async function submitWhenIdle(
+  front: Front,
+  body: Buffer,
+  { tenant, signal }: WarmupOptions,
+): Promise<Outcome> {
+  for (;;) {
+    const outcome = await submit(front, body, tenant);
+    if (!outcome.reason.endsWith("pool_overloaded")) return outcome;
+    try {
+      await delay(BUSY_PAUSE_MS, undefined, { ref: false, ...(signal && { signal }) });
+    } catch {
+      return outcome; // The warm-up is to end.
+    }
   }
 }
 

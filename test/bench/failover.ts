@@ -4,10 +4,11 @@
  *
  *   1. each node is killed and started again, in turn
  *   2. one node answers 503 within 5 ms, which makes it look like the quickest
- *   3. all nodes do
+ *   3. the gateway itself is held up again and again, longer than its actors wait for each other
+ *   4. all nodes fail
  *
- * Until its stream has begun, no request may fail in the first two; the failing node's share must vanish; and the
- * retries of the third must not become a storm. After each, the gateway must hold nothing. Exit status 1 when a
+ * Until its stream has begun, no request may fail but in the fourth, whose retries must not become a storm; and the
+ * failing node's share of the second must vanish. After each, the gateway must hold nothing. Exit status 1 when a
  * bar is missed.
  */
 import { setTimeout as sleep } from "node:timers/promises";
@@ -22,8 +23,13 @@ const NAMES = ["gpu-1", "gpu-2", "gpu-3"] as const;
 const INFLIGHT_MAX = 24;
 /** Enough that the retry budget's floor of 2/s stays below its share: 0.1 + 2/120 = 0.117. */
 const PER_SECOND = 120;
-/** About 0.36 s a request, so 43 in flight; what it was is printed. */
-const OUTPUT_TOKENS = { min: 24, max: 40 };
+/** In flight at 60 %. */
+const OPEN_WANTED = 43;
+/** Mean length of an answer, to begin with: 0.36 s on a quiet machine. */
+const OUTPUT_TOKENS = 36;
+
+/** Far more than come: a bench that hangs must not fill the memory. */
+const OPEN_MAX = 2000;
 
 const CALM_MS = 3000;
 const DOWN_MS = 4000;
@@ -31,6 +37,8 @@ const RECOVERY_MS_MAX = 60_000;
 const FAILING_MS = 10_000;
 const REACTION_MS = 3000;
 const REST_MS_MAX = 10_000;
+const HOLD_UPS = 15;
+const HOLD_UP_MS = 300;
 
 const failing = { failRate: 1, status: 503, delayMs: 5 };
 
@@ -39,16 +47,16 @@ const random = new Random("failover");
 const rows: Row[] = [];
 const nodes = new Map<string, Running>();
 let questions = 0;
+let outputTokens = OUTPUT_TOKENS;
 
 function arrival() {
   const content = `Question ${++questions}: what is a headrace?`;
-  const { min, max } = OUTPUT_TOKENS;
   return {
     body: {
       model: MODEL,
       messages: [{ role: "user", content }],
       stream: random.next() < 0.5,
-      headrace_output_tokens: min + random.int(max - min + 1),
+      headrace_output_tokens: Math.max(1, Math.round(outputTokens * (0.75 + 0.5 * random.next()))),
     },
   };
 }
@@ -118,7 +126,7 @@ async function failFast(gateway: Running): Promise<string> {
 /** Runs `act` under load; then the load ends, and the gateway must come to rest. */
 async function phase(gateway: Running, name: string, act: () => Promise<string>): Promise<Tally> {
   const client = new ChatClient(gateway.port, GATEWAY_KEY);
-  const load = new OpenLoop(client, PER_SECOND, random, arrival);
+  const load = new OpenLoop(client, random, { perSecond: PER_SECOND, openMax: OPEN_MAX }, arrival);
   const open: number[] = [];
   const watch = setInterval(() => open.push(load.open), 100);
   const note = await act().finally(async () => {
@@ -167,13 +175,17 @@ async function run(): Promise<void> {
       inflightMax: INFLIGHT_MAX,
     })),
     router: { slowStartMs: 5000 }, // A minute by default: too long for a bench.
+    queue: { perKeyMax: 1000 }, // One key stands for all clients here.
   });
+  await calibrate(gateway);
   pushFailed("1.", await phase(gateway, "1. each node killed in turn", () => killInTurn(gateway)));
   pushFailed("2.", await phase(gateway, "2. one node fails fast", () => failFast(gateway)));
 
+  pushFailed("3.", await phase(gateway, "3. the gateway is held up", () => holdUp(gateway)));
+
   for (const name of NAMES) await stack.call(nodeOf(name).port, "POST", "/fault", failing);
   const before = await attempts();
-  const tally = await phase(gateway, "3. all nodes fail", async () => {
+  const tally = await phase(gateway, "4. all nodes fail", async () => {
     await sleep(FAILING_MS);
     return "";
   });
@@ -183,7 +195,7 @@ async function run(): Promise<void> {
   );
   rows.push({
     name: "amplification",
-    question: "3. attempts that the nodes saw ÷ requests of clients",
+    question: "4. attempts that the nodes saw ÷ requests of clients",
     figure: `${(seen / tally.sent).toFixed(3)} ×`,
     value: seen / tally.sent,
     bar: { atMost: 1.12 },
@@ -191,7 +203,7 @@ async function run(): Promise<void> {
   });
   rows.push({
     name: "unanswered",
-    question: "3. requests that got no answer, not even an error",
+    question: "4. requests that got no answer, not even an error",
     figure: String(tally.unanswered),
     value: tally.unanswered,
     bar: { atMost: 0 },
@@ -199,6 +211,34 @@ async function run(): Promise<void> {
   });
   for (const name of NAMES) await stack.call(nodeOf(name).port, "DELETE", "/fault");
   await untilServed(gateway);
+}
+
+/** How long a token takes depends on the machine: answers are made so long that the load is what it is meant to be. */
+async function calibrate(gateway: Running): Promise<void> {
+  const client = new ChatClient(gateway.port, GATEWAY_KEY);
+  const load = new OpenLoop(client, random, { perSecond: PER_SECOND, openMax: OPEN_MAX }, arrival);
+  const open: number[] = [];
+  await sleep(CALM_MS / 2);
+  const watch = setInterval(() => open.push(load.open), 20);
+  await sleep(CALM_MS);
+  clearInterval(watch);
+  await load.stop();
+  client.close();
+  outputTokens = Math.max(8, (outputTokens * OPEN_WANTED) / Math.max(1, medianOf(open)));
+  console.log(
+    `answers of ${outputTokens.toFixed(0)} tokens in the mean, at ${PER_SECOND} requests/s`,
+  );
+}
+
+/** As a long garbage collection or a neighbour on the same cores does it. */
+async function holdUp(gateway: Running): Promise<string> {
+  for (let i = 0; i < HOLD_UPS; i++) {
+    await sleep(HOLD_UP_MS);
+    gateway.process.kill("SIGSTOP");
+    await sleep(HOLD_UP_MS);
+    gateway.process.kill("SIGCONT");
+  }
+  return `${HOLD_UPS} times for ${HOLD_UP_MS} ms`;
 }
 
 /** The pool is well again: how long until a client notices. */

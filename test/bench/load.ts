@@ -275,10 +275,9 @@ export type Tally = {
   problems: Map<string, number>;
 };
 
-const OPEN_MAX = 2000;
 const PROBLEMS_MAX = 50;
 
-/** Poisson arrivals. */
+/** Poisson arrivals; those that come while `openMax` are unanswered are skipped, and counted. */
 export class OpenLoop {
   readonly tally: Tally = {
     sent: 0,
@@ -293,16 +292,23 @@ export class OpenLoop {
   readonly #client: ChatClient;
   readonly #random: Random;
   readonly #meanGapMs: number;
+  readonly #openMax: number;
   readonly #next: () => Arrival;
   #timer: NodeJS.Timeout | null = null;
   #dueAtMs = performance.now();
   #open = 0;
   #onEmpty: (() => void) | null = null;
 
-  constructor(client: ChatClient, perSecond: number, random: Random, next: () => Arrival) {
+  constructor(
+    client: ChatClient,
+    random: Random,
+    rate: { perSecond: number; openMax: number },
+    next: () => Arrival,
+  ) {
     this.#client = client;
     this.#random = random;
-    this.#meanGapMs = 1000 / perSecond;
+    this.#meanGapMs = 1000 / rate.perSecond;
+    this.#openMax = rate.openMax;
     this.#next = next;
     this.#arm();
   }
@@ -329,7 +335,7 @@ export class OpenLoop {
   #onTimer(): void {
     while (this.#dueAtMs <= performance.now()) {
       this.#dueAtMs -= this.#meanGapMs * Math.log(1 - this.#random.next());
-      if (this.#open < OPEN_MAX) this.#send(this.#next());
+      if (this.#open < this.#openMax) this.#send(this.#next());
       else this.tally.skipped++;
     }
     this.#arm();
