@@ -15,16 +15,19 @@ export function serveCommand(): Command {
 async function serve(command: Command): Promise<void> {
   const { options } = await loadConfigOrExit(command);
   const log = createLog(options.log.level, options.log.format);
-  const server = await Server.start(options, log, (error) => {
+  const starting = Server.start(options, log, (error) => {
     log.error({ error: String(error) }, "the actor system gave up");
     process.exit(1);
-  }).catch((error: NodeJS.ErrnoException) => command.error(whyNoStart(error, options)));
+  });
+  handleSignals(starting, configSources(command, process.env), log);
+  const server = await starting.catch((error: NodeJS.ErrnoException) =>
+    command.error(whyNoStart(error, options)),
+  );
   log.info(
     { host: options.listen.host, port: server.port, nodes: options.nodes.length },
     "listening",
   );
   process.send?.({ kind: "listening", port: server.port });
-  handleSignals(server, configSources(command, process.env), log);
   await warm(server, log);
 }
 
@@ -37,26 +40,30 @@ function whyNoStart(error: NodeJS.ErrnoException, { listen }: Options): string {
   return `headrace serve: cannot start: ${error.message}`;
 }
 
-function handleSignals(server: Server, sources: ConfigSources, log: Log): void {
+/** From the first moment on: a signal that comes while the gateway starts is obeyed once it has started. */
+function handleSignals(started: Promise<Server>, sources: ConfigSources, log: Log): void {
   let stopping = false;
-  const stop = (signal: string): void => {
+  const stop = (cause: string): void => {
     if (stopping) process.exit(1); // The second one: at once.
     stopping = true;
-    log.info({ signal }, "draining");
-    server.stop().then(
-      () => {
-        log.info({}, "stopped");
-        process.exit(0);
-      },
-      (error) => {
-        log.error({ error: String(error) }, "the stop failed");
-        process.exit(1);
-      },
-    );
+    log.info({ signal: cause }, "draining");
+    started
+      .then((server) => server.stop())
+      .then(
+        () => {
+          log.info({}, "stopped");
+          process.exit(0);
+        },
+        (error) => {
+          log.error({ error: String(error) }, "the stop failed");
+          process.exit(1);
+        },
+      );
   };
   process.on("SIGTERM", () => stop("SIGTERM"));
   process.on("SIGINT", () => stop("SIGINT"));
-  process.on("SIGHUP", () => void server.reload(sources));
+  process.on("SIGHUP", () => void started.then((server) => server.reload(sources)));
+  process.on("disconnect", () => stop("the end of the process that started it"));
 }
 
 /** Shows the warm-up on a terminal as a bar, elsewhere as two log lines. */
