@@ -568,7 +568,7 @@ function drainMs(key: Key, amount: number, held: number): number {
   return Math.min(RETRY_MS_MAX, Math.max(RETRY_MS_MIN, Math.ceil(waitMs)));
 }
 
-/** Nothing would be different if it came back as a new key. */
+/** Nothing but what it has learned of its answers' lengths would be different if it came back as a new key. */
 function isForgettable(key: Key, nowMs: number): boolean {
   if (key.inflight > 0) return false;
   if (key.requests !== null && key.requests.resetMs(nowMs) > 0) return false;

@@ -840,6 +840,19 @@ describe("rate limiter: any traffic", () => {
           const limiter = new Limiter();
           const model = new Model(limits);
           let made = 0;
+          // Both keys are known from the start: a key that comes new may have an idle one forgotten, and with it
+          // what had been learned of its answers' lengths, which this model remembers for ever.
+          for (const key of ["x", "y"]) {
+            const requestId = `first ${key}`;
+            limiter.admit({
+              requestId,
+              key,
+              limits: limits[key] ?? {},
+              promptTokens: 0,
+              maxTokens: 0,
+            });
+            limiter.settle(requestId, 0, 0);
+          }
           for (const step of steps) {
             const { nowMs } = limiter.kit;
             switch (step.op) {
