@@ -18,14 +18,21 @@ const KEYS = { acme: "demo-key-acme", tiny: "demo-key-tiny" };
 const NODES = ["gpu-1", "gpu-2", "gpu-3"] as const;
 
 export function demoCommand(): Command {
-  return new Command("demo")
+  const command = new Command("demo");
+  return command
     .description(
       "a gateway with three stand-in nodes, a tour of what it does, then up for you to try",
     )
     .option("--port <port>", "port of the gateway (0 = any free one)", "8080")
     .option("--once", "end after the tour instead of staying up")
     .action(async (flags: { port: string; once?: boolean }) => {
-      const demo = new Demo(Number(flags.port));
+      const port = Number(flags.port);
+      if (!Number.isInteger(port) || port < 0 || port > 65_535) {
+        command.error(`--port ${flags.port}: a whole number from 0 to 65535 is accepted`, {
+          exitCode: 2,
+        });
+      }
+      const demo = new Demo(port);
       let ended: Promise<never> | undefined;
       const end = (code: number): Promise<never> => {
         ended ??= demo.stop().then(() => process.exit(code));
@@ -183,7 +190,9 @@ class Demo {
   }
 
   async #showLimit(): Promise<void> {
-    title("4. A tenant over its limit (6 requests a minute, 3 at once)");
+    title(
+      "4. A tenant over its limit (6 requests a minute, 3 at once, one of them used in step 1)",
+    );
     for (let i = 1; i <= 4; i++) {
       const reply = await this.#chat(`Tiny question number ${i}.`, KEYS.tiny);
       const left = reply.headers["x-ratelimit-remaining-requests"];
