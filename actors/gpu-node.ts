@@ -232,6 +232,9 @@ const EJECTION_ASK_MS = 500;
 const PROBE_ASK_MARGIN_MS = 1000;
 /** Wait before another probe when the upstream edge, not the node, failed the last one. */
 const PROBE_AGAIN_MS = 1000;
+/** An engine is overloaded where so many wait in it, at least, and so large a share of those running. */
+const WAITING_MIN = 3;
+const WAITING_RATIO = 0.1;
 /** How finely routers see slow start. */
 const RAMP_STEP_MS = 1000;
 /** Work beyond our leases must persist this long to count: a scrape is a moment, leases come and go. */
@@ -801,7 +804,9 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     before: ScrapeSample | undefined,
     context: NodeContext,
   ): void {
-    const isWaiting = (sample.waitingForCapacity ?? sample.waiting ?? 0) > 0;
+    const waiting = sample.waitingForCapacity ?? sample.waiting ?? 0;
+    // One or two wait in any busy engine, from one step to the next: that is no overload.
+    const isWaiting = waiting >= Math.max(WAITING_MIN, WAITING_RATIO * (sample.running ?? 0));
     const preemptions = sample.preemptionsTotal ?? 0;
     const hasPreempted = preemptions > (before?.preemptionsTotal ?? preemptions);
     if (isWaiting && this.#wasWaiting) this.#shrinkCap("waiting", context);

@@ -446,7 +446,12 @@ describe("gpu node: concurrency cap", () => {
     w.scrape({ waiting: 0 });
     w.scrape({ waiting: 3 });
     expect(capOf(w)).toBe(256);
-    w.scrape({ waiting: 1 });
+    w.scrape({ waiting: 2 });
+    w.scrape({ running: 40, waiting: 3 });
+    w.scrape({ running: 40, waiting: 3 });
+    expect(capOf(w)).toBe(256); // A few always wait in a busy engine, from step to step.
+    w.scrape({ running: 20, waiting: 3 });
+    w.scrape({ running: 20, waiting: 3 });
     expect(capOf(w)).toBe(18);
     expect(w.eventsOf("gpu_node.cap_changed")).toMatchObject([
       { from: 256, to: 18, cause: "waiting" },

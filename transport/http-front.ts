@@ -30,6 +30,8 @@ export type HttpFrontDeps = {
   ready: () => Promise<{ ready: boolean; reason: string }>;
 };
 
+/** Connections that may wait to be accepted while the process is busy; the system's own bound is often 4096. */
+const BACKLOG = 4096;
 /** A body up to this size leaves with its head in one string and one write; each byte stays what it is. */
 const ONE_WRITE_BYTES_MAX = 16_384;
 
@@ -60,7 +62,8 @@ export class HttpFront {
   listen(): Promise<number> {
     return new Promise((resolve, reject) => {
       this.#server.once("error", reject);
-      this.#server.listen(this.#options.port, this.#options.host, () => {
+      const { host, port } = this.#options;
+      this.#server.listen({ host, port, backlog: BACKLOG }, () => {
         this.#server.off("error", reject);
         resolve((this.#server.address() as AddressInfo).port);
       });

@@ -11,6 +11,7 @@
  * failing node's share of the second must vanish. After each, the gateway must hold nothing. Exit status 1 when a
  * bar is missed.
  */
+import { loadavg } from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
 import { Random } from "../../runtime/random.ts";
 import { MODEL } from "./fixed-answers.ts";
@@ -226,7 +227,8 @@ async function calibrate(gateway: Running): Promise<void> {
   client.close();
   outputTokens = Math.max(8, (outputTokens * OPEN_WANTED) / Math.max(1, medianOf(open)));
   console.log(
-    `answers of ${outputTokens.toFixed(0)} tokens in the mean, at ${PER_SECOND} requests/s`,
+    `answers of ${outputTokens.toFixed(0)} tokens in the mean, at ${PER_SECOND} requests/s; ` +
+      `load average ${(loadavg()[0] ?? 0).toFixed(1)} (on a machine busy with other work the bars may be missed)`,
   );
 }
 

@@ -8,7 +8,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { MODEL } from "./fixed-answers.ts";
 import { ChatClient, type ChatOutcome } from "./load.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
-import { GATEWAY_KEY, restOf, Stack } from "./stack.ts";
+import { GATEWAY_KEY, lettersOf, restOf, Stack } from "./stack.ts";
 
 const CLIENTS = 1000;
 const FOLLOWERS = 50;
@@ -121,6 +121,7 @@ async function run(): Promise<void> {
     `generations for ${CLIENTS} identical requests, half of them streams`,
     (await upstream()) - manyBefore,
     { atMost: 1 },
+    `dead letters: ${lettersOf(await stack.state(gateway))} (a lookup that expired went on alone)`,
   );
   count("complete", "answers that came whole", complete, { atLeast: CLIENTS }, problemsOf(many));
   count("texts", "different texts among them", texts.size, { atMost: 1 }, `${words} words each`);
