@@ -49,11 +49,19 @@ export type EdgeFactories = {
   store?: () => Actor<StoreCommand>;
 };
 
+/** Id of a process's tree, unless several processes are told apart by theirs. */
+const ROOT = "headrace";
+
 /** Makes a named ref: `system.ref`. */
 type MakeRef = <M>(path: string) => ActorRef<M>;
 
-/** Addresses of the actors of one process. */
+/**
+ * Addresses of the actors of one process, and of the node actors wherever they live: each inference node has one,
+ * in one process of a cluster.
+ */
 export class GatewayRefs {
+  /** Id of the process's tree: the first part of every path in it. */
+  readonly root: string;
   readonly front: ActorRef<FrontCommand>;
   readonly upstream: ActorRef<UpstreamCommand>;
   readonly scraper: ActorRef<ScraperCommand>;
@@ -65,27 +73,31 @@ export class GatewayRefs {
   readonly #makeRef: MakeRef;
   readonly #nodes = new Map<NodeId, ActorRef<GpuNodeMessage>>();
 
-  constructor(makeRef: MakeRef, cacheShards: number) {
+  constructor(makeRef: MakeRef, cacheShards: number, root: string = ROOT) {
     this.#makeRef = makeRef;
-    this.front = makeRef("headrace/edges/front");
-    this.upstream = makeRef("headrace/edges/upstream");
-    this.scraper = makeRef("headrace/edges/scraper");
-    this.store = makeRef("headrace/edges/store");
-    this.cacheShards = Array.from({ length: cacheShards }, (_, i) =>
-      makeRef(`headrace/cache/${i}`),
-    );
-    this.limiter = makeRef("headrace/limiter");
-    this.router = makeRef("headrace/router");
-    this.requests = makeRef("headrace/requests");
+    this.root = root;
+    this.front = makeRef(`${root}/edges/front`);
+    this.upstream = makeRef(`${root}/edges/upstream`);
+    this.scraper = makeRef(`${root}/edges/scraper`);
+    this.store = makeRef(`${root}/edges/store`);
+    this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`${root}/cache/${i}`));
+    this.limiter = makeRef(`${root}/limiter`);
+    this.router = makeRef(`${root}/router`);
+    this.requests = makeRef(`${root}/requests`);
   }
 
   node(node: NodeId): ActorRef<GpuNodeMessage> {
     let ref = this.#nodes.get(node);
     if (ref === undefined) {
-      ref = this.#makeRef<GpuNodeMessage>(`headrace/nodes/${node}`);
+      ref = this.#makeRef<GpuNodeMessage>(`${this.root}/nodes/${node}`);
       this.#nodes.set(node, ref);
     }
     return ref;
+  }
+
+  /** From now on the node's actor is the one in the process with that root. */
+  placeNode(node: NodeId, root: string): void {
+    this.#nodes.set(node, this.#makeRef<GpuNodeMessage>(`${root}/nodes/${node}`));
   }
 
   /** Nodes that were ever addressed and not forgotten. */
@@ -101,12 +113,12 @@ export class GatewayRefs {
   cache(key: string): ActorRef<CacheMessage> {
     const bucket = Number.parseInt(key.slice(0, 3), 16);
     const shard = this.cacheShards[bucket % this.cacheShards.length];
-    return shard ?? this.#makeRef("headrace/cache/0");
+    return shard ?? this.#makeRef(`${this.root}/cache/0`);
   }
 }
 
 /** Supervisor of the node actors: where a node that is added later is spawned. */
-export const NODES_PATH = "headrace/nodes";
+export const NODES_PATH = `${ROOT}/nodes`;
 
 /** One actor's mail under load: every open request may have a few messages under way. */
 const REQUESTS_MAILBOX_MAX = 65_536;
@@ -124,7 +136,7 @@ export function gatewayTree(
   };
   const cacheStore = store === undefined ? undefined : refs.store;
   // Above the 5 crashes that park a child: one actor that cannot live is parked, many end the process.
-  return supervisor("headrace", 10, 60_000, [
+  return supervisor(refs.root, 10, 60_000, [
     supervisor("edges", 10, 60_000, [
       actor<FrontCommand>("front", edges.front),
       actor<UpstreamCommand>("upstream", edges.upstream),

@@ -2,11 +2,14 @@
 /** The `headrace` command: names its subcommands, nothing else. */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
+import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
 import { nodeCommand } from "./node.ts";
+import { planCommand } from "./plan.ts";
 import { replayCommand } from "./replay.ts";
 import { serveCommand } from "./serve.ts";
+import { simCommand } from "./sim.ts";
 
 const manifest = JSON.parse(readFileSync(new URL("../../package.json", import.meta.url), "utf8"));
 
@@ -19,6 +22,9 @@ await new Command("headrace")
   .addCommand(demoCommand())
   .addCommand(nodeCommand())
   .addCommand(replayCommand())
+  .addCommand(simCommand())
+  .addCommand(planCommand())
+  .addCommand(calibrateCommand())
   .addCommand(checkConfigCommand())
   .addCommand(configReferenceCommand())
   .showHelpAfterError()

@@ -116,6 +116,11 @@ export type SystemOptions = {
   /** Each actor draws from the split named by its path. */
   random: Random;
   remote?: Remote;
+  /**
+   * Source of the numbers of incarnations, asks and watches; default 1, 2, 3 … Systems that take
+   * actors over from one another share one, so that a later incarnation has the higher number.
+   */
+  nextId?: () => number;
 };
 
 export type SystemStats = {
@@ -175,6 +180,7 @@ class Kernel implements CellHost {
   /** Watches set here on other processes, by id, until their end came. */
   readonly #watchesOut = new Map<number, Watch>();
   readonly #deadLetters = new DeadLetters();
+  readonly #givenId: (() => number) | undefined;
   #lastId = 0;
   #lateReplies = 0;
   #restarts = 0;
@@ -193,6 +199,7 @@ class Kernel implements CellHost {
     this.random = options.random;
     this.#scheduler = options.scheduler;
     this.#remote = options.remote;
+    this.#givenId = options.nextId;
     this.#supervisorHost = {
       clock: this.clock,
       random: this.random.split("supervision"),
@@ -467,7 +474,7 @@ class Kernel implements CellHost {
   // Asks
 
   nextId(): number {
-    return ++this.#lastId;
+    return this.#givenId === undefined ? ++this.#lastId : this.#givenId();
   }
 
   /**

@@ -131,6 +131,8 @@ class Sequence {
 }
 
 const NO_EVENTS: readonly NodeEvent[] = [];
+/** Prefill shapes remembered: an engine that plans for each has long stopped being fast by then. */
+const SHAPES_MAX = 1_000_000;
 
 export class GpuNodeModel {
   readonly #law: StepLaw;
@@ -178,6 +180,10 @@ export class GpuNodeModel {
   /** Requests are taken from then on; Infinity after a crash. */
   #upAtUs = 0;
 
+  readonly #firstUseUs: number;
+  /** Prefill shapes seen since the engine came up; kept only for laws that charge for new ones. */
+  readonly #shapes = new Set<number>();
+
   readonly #prefixCache = new Set<number>(); // In order of last use.
   #prefixVersion = 0;
   #events: NodeEvent[] = [];
@@ -202,6 +208,7 @@ export class GpuNodeModel {
     this.#prefixBlockTokens = options.prefix?.blockTokens ?? 0;
     this.#prefixBlocksMax = options.prefix?.blocksMax ?? 0;
     this.#samplerUsMin = leastOf(law.s);
+    this.#firstUseUs = law.U ?? 0;
     requireWhole("kvBlocks", this.#capacity, 1);
     requireWhole("sequencesMax", law.sequencesMax, 1);
     if (options.prefix !== undefined) {
@@ -367,6 +374,7 @@ export class GpuNodeModel {
     }
     this.#prefixCache.clear();
     this.#prefixVersion++;
+    this.#shapes.clear();
     this.#inStep = false;
     this.#chunks.length = 0;
     this.#nowUs = atUs;
@@ -507,6 +515,7 @@ export class GpuNodeModel {
     let tokens = 0;
     let prefills = 0;
     let pairs = 0;
+    let firstUses = 0;
     for (const { chunk, progress } of chunks) {
       if (chunk === 1) {
         // The engine cannot tell a chunk of one token from a decode.
@@ -516,16 +525,25 @@ export class GpuNodeModel {
         tokens += chunk;
         prefills++;
         pairs += chunk * (progress + chunk / 2);
+        if (this.#firstUseUs > 0 && this.#isNewShape(chunk, progress)) firstUses++;
       }
     }
     if (!this.#leaps || chunks.length > 0) {
-      const law = this.#law;
-      return (
-        this.#nowUs + stepTimeUs(law, decodes, context, tokens, prefills, pairs, this.#slowFactor)
-      );
+      const slow = this.#slowFactor;
+      const us = stepTimeUs(this.#law, decodes, context, tokens, prefills, pairs, slow);
+      return this.#nowUs + us + Math.round(firstUses * this.#firstUseUs * slow);
     }
     this.#anchor(this.#step - 1);
     return this.#boundaryUs(this.#step);
+  }
+
+  /** Notes the shape. Beyond `SHAPES_MAX` shapes none counts as new any more. */
+  #isNewShape(chunk: number, progress: number): boolean {
+    if (this.#shapes.size >= SHAPES_MAX) return false;
+    const shape = progress * (this.#law.batchedTokensMax + 1) + chunk;
+    if (this.#shapes.has(shape)) return false;
+    this.#shapes.add(shape);
+    return true;
   }
 
   #completeStep(): void {
@@ -807,8 +825,11 @@ export class GpuNodeModel {
   /** No later than the end of a step that begins now, whoever is in it. */
   #leastStepUs(): number {
     if (this.#phaseCount(this.#step + 1) > this.#free || this.#partial !== undefined) return 1;
-    const { h, W, d, F, C } = this.#law;
-    const us = h + Math.max(W + d * this.#decodes, F + C * this.#decodes) + this.#samplerUsMin;
+    const { h, W, d, F, C, a0, aB } = this.#law;
+    const decodes = this.#decodes;
+    let us = h + Math.max(W + d * decodes, F + C * decodes) + this.#samplerUsMin;
+    // Below 0 in laws that price a decode under a prompt token; what is left out otherwise is above.
+    if (decodes > 0) us += Math.min(0, a0 + aB * decodes);
     return Math.max(1, Math.floor(us * this.#slowFactor));
   }
 }

@@ -3,7 +3,7 @@
  * bounds that physics puts on them.
  *
  *   T = h + max(W + d·n, F + C·n) + s(seqs) + [B>0](a0 + aB·B + actx·ctx)
- *         + [prefill](p0 + pq·Σ c(kv + c/2)) + comm(n)
+ *         + [prefill](p0 + pq·Σ c(kv + c/2)) + U·(new shapes) + comm(n)
  *   n = B + c; B = decoding sequences; c = prefill tokens of the step; seqs = B + prefilling requests;
  *   ctx = tokens in KV over the decoding sequences; kv = tokens of a request in KV before its chunk c.
  *
@@ -63,14 +63,19 @@ export type StepLaw = {
   /** Prefill attention: constant, per token pair. */
   readonly p0: number;
   readonly pq: number;
+  /**
+   * First prefill chunk of its shape (tokens, and tokens in KV before them) since the engine came
+   * up: some compile or plan kernels for each shape, once. Absent: no such engine.
+   */
+  readonly U?: number;
   /** All-reduce by tokens of the step; empty at tensor parallelism 1. */
   readonly comm: CostTable;
   /**
-   * KV capacity in blocks of 16 tokens, and where the number comes from. 10 % wrong is ±15 % in
-   * TTFT.
+   * KV capacity in blocks of 16 tokens, and where the number comes from (`log`: fitted to a request
+   * log, or unknown and so large that it never runs out). 10 % wrong is ±15 % in TTFT.
    */
   readonly kvBlocks: number;
-  readonly kvBlocksFrom: "measured" | "formula";
+  readonly kvBlocksFrom: "measured" | "formula" | "log";
   /**
    * Tokens of one step (`max_num_batched_tokens`) and seats (`max_num_seqs`); seats never exceed
    * tokens.

@@ -39,6 +39,12 @@ const oddLaw: StepLaw = {
   actx: 0.0613,
   p0: 5.5,
   pq: 0.0173,
+  U: 41.3,
+};
+/** Decodes priced under prompt tokens, as in laws of engines with a pass for each: aB is negative. */
+const twoPassLaw: StepLaw = {
+  ...oddLaw,
+  ...{ h: 0, W: 0, F: 0, d: 3.77, aB: -3.1, actx: 0.0013, s: [] },
 };
 
 type Scenario = {
@@ -230,7 +236,7 @@ describe("gpu node model: looking changes nothing", () => {
 
     it(`nextEventAtUs is never later than the next event, and waking there finds them all (${mode})`, () => {
       fc.assert(
-        fc.property(scenarios(oddLaw), (scenario) => {
+        fc.property(fc.oneof(scenarios(oddLaw), scenarios(twoPassLaw)), (scenario) => {
           const blind = drive(scenario, mode);
           const woken = drive(scenario, mode, wakeful);
           expect(woken.events).toEqual(blind.events);
@@ -352,6 +358,21 @@ describe("gpu node model: closed forms", () => {
       first_token: total(step1, step2, step3),
       finished: total(step1, step2, step3, step4),
     });
+  });
+
+  it("the first chunk of a shape costs U once, and once more after a restart", () => {
+    const law = { ...wholeLaw, U: 1000 };
+    const model = new GpuNodeModel({ law });
+    const plainUs = stepTimeUs(law, 0, 0, 40, 1, 800);
+    const ask = (id: string): number => {
+      const atUs = model.snapshot().atUs;
+      model.submit(one(40, 1, id), atUs);
+      return (timesOf(model.advance(atUs + 1e6), id).finished ?? 0) - atUs;
+    };
+    expect([ask("a"), ask("b")]).toEqual([plainUs + 1000, plainUs]);
+    model.crash(model.snapshot().atUs);
+    model.restart(model.snapshot().atUs, 0);
+    expect([ask("c"), ask("d")]).toEqual([plainUs + 1000, plainUs]);
   });
 
   it("a chunk of exactly one token costs as a decode", () => {

@@ -32,6 +32,7 @@ export function plainLoop(
   let running: Job[] = [];
   let waiting: Job[] = [];
   let cache: number[] = []; // Least recently used first.
+  const shapes = new Set<string>();
   let nowUs = 0;
   let steps = 0;
   let arrived = 0;
@@ -128,6 +129,7 @@ export function plainLoop(
     let prefillTokens = 0;
     let prefills = 0;
     let pairs = 0;
+    let firstUses = 0;
     for (const [job, chunk] of chunks) {
       if (chunk === 1) {
         decodes++;
@@ -136,9 +138,15 @@ export function plainLoop(
         prefillTokens += chunk;
         prefills++;
         pairs += chunk * (job.inKv + chunk / 2);
+        const shape = `${chunk} on ${job.inKv}`;
+        if (!shapes.has(shape)) firstUses++;
+        shapes.add(shape);
       }
     }
-    const endUs = nowUs + stepTimeUs(law, decodes, context, prefillTokens, prefills, pairs);
+    const endUs =
+      nowUs +
+      stepTimeUs(law, decodes, context, prefillTokens, prefills, pairs) +
+      Math.round(firstUses * (law.U ?? 0));
     steps++;
     // What comes during the step waits; what leaves during it leaves before its tokens come out.
     arriveUntil(endUs - 1);

@@ -80,16 +80,16 @@ const exceptions: readonly { rule: string; file: string; word: string; why: stri
     why: "a trace names the files beside it",
   },
   {
-    rule: "orphans",
-    file: "runtime/sim-scheduler.ts",
-    word: "only tests import it",
-    why: "the third scheduler: tests run whole gateways under it, on virtual time",
+    rule: "builtins",
+    file: "sim/plan-worker.ts",
+    word: "node:worker_threads",
+    why: "a plan runs many simulations at once; each is whole within its thread",
   },
   {
-    rule: "orphans",
-    file: "sim/load-generators.ts",
-    word: "only tests import it",
-    why: "loads for tests of traces and replay; no command makes one yet",
+    rule: "builtins",
+    file: "sim/law-file.ts",
+    word: "node:fs",
+    why: "law files are read before the simulation starts",
   },
 ];
 

@@ -7,7 +7,7 @@
  * it is not what is measured, nor is the node behind.
  *
  *   --smoke       short, for CI: the figures are rough
- *   --only NAME   chat | hit | sse | memory | actors | strategies; may be given more than once
+ *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers; may be given more than once
  *   --profile DIR the gateway writes a CPU profile there
  *   --out FILE    JSON; else bench-results/<date>.json
  */
@@ -20,6 +20,7 @@ import { benchActors } from "./actors.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { ClosedLoop } from "./load.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
+import { benchRouters, benchSimulatorSpeed } from "./simulator.ts";
 import { cpuMs, GATEWAY_KEY, type Running, rssMiB, Stack } from "./stack.ts";
 import { benchStrategies } from "./strategies.ts";
 
@@ -29,7 +30,16 @@ const NODES = 3;
 const CACHE_BYTES_MAX = 16 * 1024 * 1024;
 const CACHE_MIB = CACHE_BYTES_MAX / 1024 / 1024;
 
-const names = ["chat", "hit", "sse", "memory", "actors", "strategies"] as const;
+const names = [
+  "chat",
+  "hit",
+  "sse",
+  "memory",
+  "actors",
+  "strategies",
+  "simulator",
+  "routers",
+] as const;
 type Name = (typeof names)[number];
 
 type Pace = { rounds: number; settleMs: number; warmMs: number; windowMs: number };
@@ -277,6 +287,9 @@ const rows: Row[] = [];
 let measured: Record<string, Pair[]> = {};
 if (wanted.has("actors")) rows.push(...(await actorRows()));
 if (wanted.has("strategies")) rows.push(...strategyRows());
+if (wanted.has("simulator")) rows.push(...(await benchSimulatorSpeed()));
+if (wanted.has("routers"))
+  rows.push(...(flags.smoke ? benchRouters(150, 1) : benchRouters(500, 3)));
 const needsGateway = (["chat", "hit", "sse", "memory"] as const).some((name) => wanted.has(name));
 if (needsGateway) {
   const gateway = await benchGateway(wanted, pace, profileArgs);

@@ -1,0 +1,94 @@
+/** Values of flags that several commands read: numbers, times, the gateway's options, and how to write a flag back. */
+import { ConfigError, type FlagSetting, loadConfig } from "../transport/config.ts";
+import type { Options, OptionsInput } from "../transport/options.ts";
+
+/** A flag whose value cannot be used; the message names it and says what is accepted. */
+export class FlagError extends Error {
+  override readonly name = "FlagError";
+}
+
+export function numberOf(flag: string, text: string): number {
+  const value = text.trim() === "" ? Number.NaN : Number(text);
+  if (Number.isFinite(value)) return value;
+  throw new FlagError(`${flag} is ${JSON.stringify(text)}; it must be a number`);
+}
+
+const unitsUs: Readonly<Record<string, number>> = {
+  "": 1e6,
+  s: 1e6,
+  m: 60e6,
+  h: 3600e6,
+  d: 86_400e6,
+};
+
+export function durationUs(flag: string, text: string): number {
+  const [, digits, unit = ""] = /^(\d+(?:\.\d+)?)([smhd]?)$/.exec(text.trim()) ?? [];
+  const unitUs = unitsUs[unit];
+  if (digits !== undefined && unitUs !== undefined) return Math.round(Number(digits) * unitUs);
+  throw new FlagError(
+    `${flag} is ${JSON.stringify(text)}; it must be a time like 90, 90s, 15m, 2h or 1d`,
+  );
+}
+
+/** For a POSIX shell. */
+export function quoted(text: string): string {
+  return /^[\w./:,@%+=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+}
+
+/** Groups that decide how a gateway behaves; its addresses, secrets and logs have no part in a simulation. */
+const groups = [
+  "keys",
+  "defaultLimits",
+  "router",
+  "queue",
+  "retry",
+  "circuit",
+  "concurrency",
+  "timeouts",
+  "scrape",
+  "health",
+] as const satisfies readonly (keyof Options)[];
+
+/** The options that a simulation's gateways get, and which of them differ from the defaults. */
+export type SimulatedOptions = { options: OptionsInput; text: string; hasStore: boolean };
+
+/**
+ * Reads a gateway's configuration for a simulation; its nodes are not used, and may be missing. `pairs` are
+ * `path=value` texts, laid over the file. Throws FlagError.
+ */
+export async function simulatedOptions(
+  file: string | undefined,
+  pairs: readonly string[],
+): Promise<SimulatedOptions> {
+  const flags: FlagSetting[] = pairs.map((pair) => {
+    const end = pair.indexOf("=");
+    if (end < 1) throw new FlagError(`--set ${pair} is not path=value, like queue.poolMax=500`);
+    const path = pair.slice(0, end);
+    return { flag: `--set ${path}`, path, value: pair.slice(end + 1) };
+  });
+  // Stands for the simulation's own, so that a configuration without nodes is one.
+  flags.push({ flag: "--nodes", path: "nodes", value: [{ url: "http://simulated:8000" }] });
+  try {
+    const { options, sources } = await loadConfig({
+      flags,
+      env: {},
+      ...(file !== undefined && { file }),
+    });
+    const { enabled, ttlMs, bytesMax, answerBytesMax, storeTimeoutMs, redis } = options.cache;
+    const kept: Record<string, unknown> = {
+      cache: { enabled, ttlMs, bytesMax, answerBytesMax, storeTimeoutMs },
+    };
+    for (const group of groups) kept[group] = options[group];
+    // Keys were hashed and named when they were read: that is how they are given on.
+    const paths = Object.keys(sources).filter((path) =>
+      [...groups, "cache"].some((group) => path.split(/[.[]/)[0] === group),
+    );
+    const stated = pairs.length > 0 ? pairs.join(" ") : paths.join(", ");
+    const text =
+      paths.length === 0 ? "defaults" : file === undefined ? stated : `${file}: ${stated}`;
+    return { options: kept as OptionsInput, text, hasStore: redis !== undefined };
+  } catch (error) {
+    if (error instanceof ConfigError) throw new FlagError(error.message);
+    throw error;
+  }
+}
