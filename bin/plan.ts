@@ -16,7 +16,7 @@ import { formatPlan, type PlanReport } from "../sim/plan-report.ts";
 import { PlanWorkers } from "../sim/plan-worker.ts";
 import { checkPlan, PlanError, type PlanSpec, type PricedLaw, plan } from "../sim/planner.ts";
 import { reportPage } from "../sim/report-page.ts";
-import { parseSlo, SloError } from "../sim/slo.ts";
+import { parseSlo, SloError, withUnansweredLimited } from "../sim/slo.ts";
 import { openTrace, TraceError, type TraceOptions } from "../sim/trace.ts";
 import { type TraceRequest, traceFormats } from "../sim/trace-rows.ts";
 import { durationUs, FlagError, numberOf, quoted, simulatedOptions } from "./flag-values.ts";
@@ -130,7 +130,7 @@ async function planned(spec: PlanSpec, threads: number): Promise<PlanReport> {
 // ---- from flags to a plan -----------------------------------------------------------------------
 
 async function specOf(flags: Flags, command: Command): Promise<PlanSpec> {
-  const slo = parseSlo(flags.slo);
+  const slo = withUnansweredLimited(parseSlo(flags.slo));
   const laws = lawsOf(flags);
   const nodesMax = numberOf("--nodes-max", flags.nodesMax);
   const seeds = numberOf("--seeds", flags.seeds);

@@ -249,6 +249,13 @@ export function calibrationText({ laws }: Provenance): string[] {
   );
 }
 
+/** What the step laws' own error does to the answer; undefined where that was not asked. */
+export function modelErrorText({ whatIfs, answer }: PlanReport): string | undefined {
+  const slower = whatIfs.find(({ name }) => name.endsWith("% slower"));
+  if (slower === undefined || answer.kind !== "nodes") return undefined;
+  return `Model error. With ${slower.name} than the law says, the plan ${whatIfText(slower, answer.nodes)}`;
+}
+
 /** The cost of the answer; undefined without a price. */
 export function costText({ answer, load }: PlanReport): string | undefined {
   if (answer.kind !== "nodes" || answer.pricePerHour === null) return undefined;
@@ -315,13 +322,18 @@ export function formatPlan(report: PlanReport): string {
   if (sizes.length > 0) lines.push(...sizeTable(sizes, report), "");
   if (mixes.length > 0) lines.push("mixes", ...sizeTable(mixes, report), "");
   if (report.bottleneck !== "") lines.push(`Bottleneck. ${report.bottleneck}`);
+  const modelError = modelErrorText(report);
+  if (modelError !== undefined) lines.push(`${modelError}.`);
   if (headroom !== null) lines.push(`${headroomText(headroom)}.`);
   lines.push(...report.lowerBound.map((bound) => `${lowerBoundText(bound)}.`));
   if (whatIfs.length > 0) lines.push("", "what if (the recorded load, one run each)");
   const planned = answer.kind === "nodes" ? answer.nodes : 0;
   const first = sizes[0]?.objectives[0]?.name ?? "";
   for (const one of whatIfs) {
-    const value = one.value === null ? "" : `${first} ${whatIfValue(report, one)}, `;
+    const value =
+      one.value === null
+        ? ""
+        : `${first} ${whatIfValue(report, one)}, attained ${percentText(one.attainment)}: `;
     lines.push(`  ${one.name.padEnd(18)} ${value}${whatIfText(one, planned)}`);
   }
   lines.push("", ...report.notes.map((note) => `note: ${note}`));

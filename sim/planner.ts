@@ -183,7 +183,12 @@ class Planner {
       }
       return await this.#report({ kind: "refused", reasons }, bounds, null);
     }
-    this.#noteBlocks(slo.objectives.length);
+    this.#noteBlocks();
+    if (slo.added.length > 0) {
+      this.#notes.push(
+        `The SLO as given is also kept by refusing requests, so this was added: ${slo.added.join(", ")}.`,
+      );
+    }
     const found: NodeMix[] = [];
     for (const [index, { law }] of laws.entries()) {
       this.#phase = laws.length === 1 ? "searching" : `searching ${law.name}`;
@@ -200,9 +205,9 @@ class Planner {
     return await this.#report(this.#answer(cheapest), bounds, cheapest);
   }
 
-  #noteBlocks(objectives: number): void {
+  #noteBlocks(): void {
     const { seeds, load } = this.#spec;
-    if (objectives > 0 && seeds > 1) {
+    if (seeds > 1) {
       const block = durationText(blockUsOf(load) / 1000);
       this.#notes.push(
         `Seed 1 of ${seeds} is the load as recorded; the others are other days of it: each block of ${block} ` +

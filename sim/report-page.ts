@@ -17,6 +17,7 @@ import {
   lowerBoundText,
   measuredText,
   mixText,
+  modelErrorText,
   money,
   type ObjectiveResult,
   type PlanReport,
@@ -43,9 +44,11 @@ export function reportPage(
 function planBody(report: PlanReport): string {
   const { answer, sizes, mixes, bottleneck, headroom, lowerBound, notes, whatIfs } = report;
   const cost = costText(report);
+  const modelError = modelErrorText(report);
   const sentences = [
     ...(answer.kind === "nodes" ? [] : answer.reasons),
     ...(bottleneck === "" ? [] : [`Bottleneck. ${bottleneck}`]),
+    ...(modelError === undefined ? [] : [`${modelError}.`]),
     ...(headroom === null ? [] : [`${headroomText(headroom)}.`]),
     ...(cost === undefined ? [] : [`Cost: ${cost}.`]),
     ...lowerBound.map((bound) => `${lowerBoundText(bound)}.`),
@@ -163,7 +166,7 @@ function runTable(runs: readonly SimulationReport[]): string {
   add("verdict", ({ verdict }) =>
     runs.length === 1 ? `${verdict}: ${VERDICT_MEANINGS[verdict]}` : verdict,
   );
-  return table(heads, rows);
+  return table(heads, rows, true);
 }
 
 /** Nodes listed one by one; a page of more is no page. */
@@ -364,15 +367,17 @@ function whatIfTable(report: PlanReport): string {
   }));
   return (
     `<p>One change at a time, on the recorded load, one run each; the plan has ${planned} nodes.</p>` +
-    table(["change", first, "attained", "what it means"], rows)
+    table(["change", first, "attained", "what it means"], rows, true)
   );
 }
 
 type Cell = string | { html: string };
 
+/** @param isWrapped on a phone, cells break into lines; else the table is moved sideways */
 function table(
   heads: readonly string[],
   rows: readonly { cells: Cell[]; isMarked: boolean }[],
+  isWrapped = false,
 ): string {
   const head = heads.map((text) => `<th scope="col">${escaped(text)}</th>`).join("");
   const body = rows
@@ -383,7 +388,7 @@ function table(
       return `<tr${isMarked ? ' class="answer"' : ""}>${inner}</tr>`;
     })
     .join("");
-  return `<div class="scroll"><table><thead><tr>${head}</tr></thead><tbody>${body}</tbody></table></div>`;
+  return `<div class="scroll${isWrapped ? " wrapped" : ""}"><table><thead><tr>${head}</tr></thead><tbody>${body}</tbody></table></div>`;
 }
 
 // ---- charts of a plan ---------------------------------------------------------------------------
@@ -752,5 +757,6 @@ text.mark.fault{fill:var(--c4)}text.mark.answer{fill:var(--good)}
 .name{font-weight:600}.hover{fill:transparent}.hover:hover{fill:color-mix(in srgb,var(--soft) 16%,transparent)}
 ${[0, 1, 2, 3, 4, 5].map((n) => `.c${n}{stroke:var(--c${n})}text.c${n}{fill:var(--c${n});stroke:none}circle.c${n}{fill:var(--c${n})}`).join("")}
 circle.hollow{fill:var(--bg);stroke-width:1.8}
+@media(max-width:600px){.wrapped td{white-space:normal}.wrapped td:first-child{min-width:40vw}main{padding:12px 10px 32px}}
 pre{overflow-x:auto;background:var(--card);border-radius:6px;padding:12px;font-size:12.5px}
 `;

@@ -4,7 +4,8 @@
  *   ttft p99 <= 2s, tpot p90 <= 60ms, e2e mean <= 10s, failed <= 0.1%, attainment >= 99%
  *
  * Pure. It knows no run: what was measured comes as numbers. Latencies count answered requests only, so an SLO
- * that limits no failures would be met by a system that refuses everybody: the planner adds that limit.
+ * that limits neither failures nor refusals is kept by a system that refuses everybody: `withUnansweredLimited`
+ * adds those limits for whoever plans by it.
  */
 
 /**
@@ -54,8 +55,8 @@ export type ShareObjective = {
 
 export type Objective = LatencyObjective | ShareObjective;
 
-/** One to `OBJECTIVES_MAX` objectives; all must hold. */
-export type Slo = { objectives: readonly Objective[]; text: string };
+/** One to `OBJECTIVES_MAX` objectives; all must hold. `added`: texts of those that nobody wrote. */
+export type Slo = { objectives: readonly Objective[]; text: string; added: readonly string[] };
 
 const OBJECTIVES_MAX = 20;
 const FORM = '"ttft p99 <= 2s, e2e p99 <= 30s, failed <= 0.1%"';
@@ -83,7 +84,33 @@ export function parseSlo(text: string): Slo {
     }
     objectives.push(objective);
   }
-  return { objectives, text: objectives.map((objective) => objective.text).join(", ") };
+  return sloOf(objectives, []);
+}
+
+function sloOf(objectives: readonly Objective[], added: readonly string[]): Slo {
+  return { objectives, text: objectives.map(({ text }) => text).join(", "), added };
+}
+
+/** Where an SLO says nothing of failures or refusals, and asks for no attainment either. */
+const UNANSWERED_MAX = 0.01;
+
+/**
+ * The SLO with a limit on failures (1 % unless it has one) and on refusals (as on failures unless it has one); as it
+ * is when it asks for attainment, which counts both.
+ */
+export function withUnansweredLimited(slo: Slo): Slo {
+  const shareOf = (metric: ShareMetric) =>
+    slo.objectives.find((objective) => objective.metric === metric);
+  if (shareOf("attainment") !== undefined) return slo;
+  const failed = shareOf("failed");
+  const limit = failed?.kind === "share" ? failed.limit : UNANSWERED_MAX;
+  const added = (["failed", "refused"] as const)
+    .filter((metric) => shareOf(metric) === undefined)
+    .map((metric) => objectiveOfShare(metric, "<=", limit * 100));
+  return sloOf(
+    [...slo.objectives, ...added],
+    added.map(({ text }) => text),
+  );
 }
 
 function isSameMeasure(left: Objective, right: Objective): boolean {
@@ -210,7 +237,15 @@ function shareObjective(
       `${where}: ${JSON.stringify(right.trim())} is no share; accepted: a number from 0 to 100 with %, like 0.1%`,
     );
   }
-  const text = `${metric} ${signs[comparison]} ${percent}%`;
+  return objectiveOfShare(metric, comparison, percent);
+}
+
+function objectiveOfShare(
+  metric: ShareMetric,
+  comparison: Comparison,
+  percent: number,
+): ShareObjective {
+  const text = `${metric} ${signs[comparison]} ${Number(percent.toPrecision(6))}%`;
   return { kind: "share", metric, comparison, limit: percent / 100, name: metric, text };
 }
 
@@ -258,6 +293,8 @@ export function durationText(ms: number): string {
 export function percentText(share: number): string {
   const percent = share * 100;
   if (percent === 0 || percent === 100) return `${percent} %`;
+  if (percent > 0 && percent < 0.0005) return "< 0.001 %";
+  if (percent < 100 && percent > 99.9995) return "> 99.999 %";
   // 99.96 must not read as met when it is not: more digits near either end.
   const edge = Math.min(Math.abs(percent), Math.abs(100 - percent));
   return `${percent.toFixed(edge < 0.1 ? 3 : edge < 1 ? 2 : 1)} %`;

@@ -7,6 +7,7 @@ import { createHash } from "node:crypto";
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import fc from "fast-check";
 import { afterAll, describe, expect, it } from "vitest";
 import { Random } from "../runtime/random.ts";
@@ -385,6 +386,9 @@ describe("planner: what stands beside the answer", () => {
     expect(report.answer).toMatchObject({ nodes: 3, pricePerHour: null });
     expect(formatPlan(report)).toMatch(/NOT VALIDATED, profile only, expect −10…−25 %/);
     expect(report.whatIfs.map(({ name }) => name)).toContain("nodes 25 % slower");
+    expect(formatPlan(report)).toContain(
+      "Model error. With nodes 25 % slower than the law says, the plan needs 4 nodes.",
+    );
     expect(report.whatIfs.map(({ name }) => name)).toContain("KV memory −20 %");
   });
 
@@ -523,8 +527,9 @@ describe("planner: with the simulator", () => {
 });
 
 describe("headrace plan", () => {
-  const command = join(import.meta.dirname, "..", "dist/bin/headrace.js");
-  const isBuilt = existsSync(join(import.meta.dirname, "..", "dist/sim/plan-worker.js"));
+  const repository = fileURLToPath(new URL("..", import.meta.url));
+  const command = `${repository}dist/bin/headrace.js`;
+  const isBuilt = existsSync(`${repository}dist/sim/plan-worker.js`);
   if (!isBuilt) console.log("skipped: dist/ is not there (npm run build): the plan command");
   const folder = mkdtempSync(join(tmpdir(), "headrace-plan-"));
   const trace = join(folder, "trace.csv");
@@ -559,7 +564,7 @@ describe("headrace plan", () => {
         createHash("sha256").update(readFileSync(trace)).digest("hex"),
       );
       expect(provenance.command).toContain("--seeds 2 --seed 1");
-      expect(slo).toBe("TTFT p99 ≤ 2 s, E2E p99 ≤ 60 s, failed ≤ 0.1%");
+      expect(slo).toBe("TTFT p99 ≤ 2 s, E2E p99 ≤ 60 s, failed ≤ 0.1%, refused ≤ 0.1%");
       expect(sizes.map(({ nodes, runs }) => [nodes, runs])).toEqual([
         [1, 2],
         [2, 2],

@@ -9,6 +9,7 @@ import {
   percentText,
   SloError,
   valueText,
+  withUnansweredLimited,
 } from "../sim/slo.ts";
 
 function only(text: string): Objective {
@@ -148,6 +149,25 @@ describe("slo: what is refused, with the part at fault and what is accepted", ()
   });
 });
 
+describe("slo: with what is unanswered limited", () => {
+  const limited = (text: string) => withUnansweredLimited(parseSlo(text));
+
+  it("takes the limit on failures for refusals, and 1 % where there is none", () => {
+    expect(limited("ttft p99 <= 2s, failed <= 0.1%")).toMatchObject({
+      text: "TTFT p99 ≤ 2 s, failed ≤ 0.1%, refused ≤ 0.1%",
+      added: ["refused ≤ 0.1%"],
+    });
+    expect(limited("ttft p99 <= 2s").added).toEqual(["failed ≤ 1%", "refused ≤ 1%"]);
+    expect(limited("ttft p99 <= 2s, refused <= 5%").added).toEqual(["failed ≤ 1%"]);
+  });
+
+  it("leaves an SLO that says it all, or that asks for attainment, as it is", () => {
+    for (const text of ["failed <= 1%, refused <= 2%", "ttft p99 <= 1s, attainment >= 99%"]) {
+      expect(limited(text)).toEqual(parseSlo(text));
+    }
+  });
+});
+
 describe("slo: values", () => {
   it("keeps an objective up to its limit, the limit itself by the sign", () => {
     expect(isMet(only("ttft p99 <= 2s"), 2000)).toBe(true);
@@ -170,6 +190,7 @@ describe("slo: values", () => {
     ]);
     expect(valueText(only("ttft p99 <= 2s"), undefined)).toBe("none");
     // Not "100 %": a share that is not whole must not look so.
+    expect([0.999999, 0.000001].map(percentText)).toEqual(["> 99.999 %", "< 0.001 %"]);
     expect([0, 1, 0.9996, 0.00012, 0.5].map(percentText)).toEqual([
       "0 %",
       "100 %",
