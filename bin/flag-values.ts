@@ -83,9 +83,9 @@ export async function simulatedOptions(
     const paths = Object.keys(sources).filter((path) =>
       [...groups, "cache"].some((group) => path.split(/[.[]/)[0] === group),
     );
-    const stated = pairs.length > 0 ? pairs.join(" ") : paths.join(", ");
-    const text =
-      paths.length === 0 ? "defaults" : file === undefined ? stated : `${file}: ${stated}`;
+    const fromFile = paths.filter((path) => !pairs.some((pair) => pair.startsWith(`${path}=`)));
+    const stated = [...(fromFile.length > 0 ? [`${file}: ${fromFile.join(", ")}`] : []), ...pairs];
+    const text = stated.length === 0 ? "defaults" : stated.join("; ");
     return { options: kept as OptionsInput, text, hasStore: redis !== undefined };
   } catch (error) {
     if (error instanceof ConfigError) throw new FlagError(error.message);

@@ -57,7 +57,7 @@ type Flags = {
   law: string;
   kvBlocks?: string;
   slow: string[];
-  router: string;
+  router?: string;
   gateways: string;
   seed: string;
   faults?: string;
@@ -102,7 +102,10 @@ export function simCommand(): Command {
     .option("--law <name>", `the node: one of ${lawNames().join(", ")}, or a law file`, LAW)
     .option("--kv-blocks <count>", "KV memory of a node, blocks of 16 tokens (else the law's)")
     .option("--slow <node xN>", 'a node that is always slower: "node-1 x2"; repeat', collect, [])
-    .option("--router <strategy>", `one of ${strategyNames.join(", ")}`, strategyNames[0])
+    .option(
+      "--router <strategy>",
+      `one of ${strategyNames.join(", ")} (else the configuration's, or ${strategyNames[0]})`,
+    )
     .option("--gateways <count>", "gateway processes, named gw-1, gw-2 …", "1")
     .option("--seed <text>", "the same seed gives the same run, bit for bit", "1")
     .option(
@@ -182,10 +185,12 @@ async function simulated(
   const { flags, name } = variant;
   const config = await simulatedOptions(flags.config, [
     ...flags.set,
-    `router.strategy=${flags.router}`,
+    ...(flags.router === undefined ? [] : [`router.strategy=${flags.router}`]),
   ]);
   const nodes = nodesOf(flags);
   const simulation = new Simulation(specOf(flags, nodes, config, load, slo));
+  // First of all, so that a run that does not come to its end can be made again.
+  console.error(`${commandText(flags)}   (seed ${flags.seed}, options: ${config.text})`);
   const startedMs = performance.now();
   const progress = new Progress(name, load.statistics.requests);
   try {
@@ -209,7 +214,7 @@ async function simulated(
       sha256: load.sha256,
       laws: lawProvenance(laws),
       gateways: numberOf("--gateways", flags.gateways),
-      router: flags.router,
+      router: config.options.router?.strategy ?? strategyNames[0],
       options: config.text,
       nodeVersion: process.version,
       version: command.parent?.version() ?? "",
@@ -308,10 +313,11 @@ function nodesOf(flags: Flags): SimulatedNode[] {
 type Variant = { name: string; flags: Flags };
 
 function variantsOf(flags: Flags): Variant[] {
-  if (!(strategyNames as readonly string[]).includes(flags.router)) {
+  const isKnown = (strategyNames as readonly string[]).includes(flags.router ?? strategyNames[0]);
+  if (!isKnown) {
     throw new FlagError(`--router is ${flags.router}; accepted: ${strategyNames.join(", ")}`);
   }
-  if (flags.compare === undefined) return [{ name: flags.router, flags }];
+  if (flags.compare === undefined) return [{ name: "run", flags }];
   const [, name = "", list = ""] = /^([a-z]+)=(.+)$/.exec(flags.compare) ?? [];
   const known = COMPARABLE.find((comparable) => comparable === name);
   if (known === undefined) {
@@ -465,7 +471,7 @@ function commandText(flags: Flags): string {
   add("--law", flags.law);
   add("--kv-blocks", flags.kvBlocks);
   for (const slow of flags.slow) add("--slow", slow);
-  add("--router", flags.router, strategyNames[0]);
+  add("--router", flags.router);
   add("--gateways", flags.gateways, "1");
   add("--seed", flags.seed);
   add("--faults", flags.faults);

@@ -67,8 +67,8 @@ export type Body = {
   /** Tokens of one block of `prefix`. */
   blockTokens: number;
   model: string;
-  /** May be stored when it ends by itself. */
-  storable: boolean;
+  /** Why the answer may not be kept; absent when it may. */
+  notStorable?: string;
 };
 
 /** Bodies by request, from the client's sending until the flight that it led is over. */
@@ -300,9 +300,8 @@ class Attempt {
 
   #finish(outputTokens: number): void {
     const { leaseId, replyTo } = this.#start;
-    const { promptTokens, maxTokens, model, storable } = this.#body;
+    const { promptTokens, model, notStorable } = this.#body;
     const decodeMs = (this.#edge.host.clock.nowUs() - this.#firstAtUs) / 1000;
-    const isWhole = outputTokens < maxTokens;
     const cachedTokens = this.#cachedTokens;
     const { totals } = this.#node;
     totals.promptTokens += promptTokens;
@@ -314,9 +313,9 @@ class Attempt {
       leaseId,
       usage: { promptTokens, cachedTokens, outputTokens },
       decodeMs,
-      ...(storable && isWhole
+      ...(notStorable === undefined
         ? { answer: answerOf(model, promptTokens, outputTokens) }
-        : { notStorable: storable ? "finish_reason length" : "not shared" }),
+        : { notStorable }),
     });
   }
 

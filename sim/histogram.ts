@@ -76,7 +76,8 @@ export class Histogram {
       if (count > 0 && rank < below + count) {
         const low = this.#lowOf(index);
         const width = this.#lowOf(index + 1) - low;
-        const value = width === 1 ? low : low + ((rank - below + 0.5) / count) * width;
+        const share = Math.min(1, (rank - below + 0.5) / count);
+        const value = width === 1 ? low : low + share * width;
         return Math.min(this.#max, Math.max(this.#min, value));
       }
       below += count;

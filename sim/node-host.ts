@@ -152,13 +152,13 @@ export class NodeHost {
 
   /** Tokens that a request has produced by now. */
   producedTokens(id: string): number {
-    for (const event of this.#model.advance(this.#clock.nowUs())) this.#tell(event);
+    this.#look();
     return this.#model.producedTokens(id);
   }
 
   /** As it is now. */
   snapshot(): NodeState {
-    this.#settle();
+    this.#look();
     const state = this.#model.snapshot();
     if (state.kv > this.#kvPeak) this.#kvPeak = state.kv;
     return state;
@@ -213,6 +213,14 @@ export class NodeHost {
   assertInvariants(): void {
     this.#settle();
     this.#model.assertInvariants();
+  }
+
+  /** Runs the engine to now. Unless that brings something, the next wake-up stands. */
+  #look(): void {
+    const events = this.#model.advance(this.#clock.nowUs());
+    if (events.length === 0) return;
+    for (const event of events) this.#tell(event);
+    this.#settle();
   }
 
   /** Runs the engine to now, tells who waits, and sets the next wake-up. */

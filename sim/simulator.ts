@@ -38,6 +38,7 @@ import {
 } from "../transport/options.ts";
 import { gatewaySettings } from "../transport/settings.ts";
 import {
+  type Body,
   type ClientSide,
   type DataPlane,
   type EdgeHost,
@@ -288,6 +289,11 @@ export class Simulation {
     this.#measuredBusyUs = this.nodes.map(() => 0);
     const hasStore = spec.hasStore ?? this.#options.cache.redis !== undefined;
     this.#store = hasStore ? new SharedStore() : undefined;
+    if (!hasStore && spec.faults?.some(({ kind }) => kind === "store") === true) {
+      throw new SimulationError(
+        "a fault of the store is given, and there is none: options with cache.redis.url have one",
+      );
+    }
     this.#startProcesses(roots);
     this.#network = new Network(
       this.#processes,
@@ -396,8 +402,7 @@ export class Simulation {
 
   #send(request: TraceRequest, requestId: string, tries: number): void {
     const nowUs = this.nowUs;
-    const up = this.#processes.filter((process) => process.isUp);
-    const process = up.length === 1 ? up[0] : up[this.#balancer.int(Math.max(1, up.length))];
+    const process = this.#balanced();
     this.#books.arrived(nowUs, request.inputTokens, request.outputTokens);
     if (process === undefined) {
       this.#books.lost(nowUs, "no_gateway");
@@ -421,15 +426,15 @@ export class Simulation {
       );
     }
     const facts = this.#facts(request, requestId);
-    process.submit(facts, {
-      promptTokens: facts.promptTokens,
-      maxTokens: facts.maxTokens ?? Math.max(1, request.outputTokens),
-      outputTokens: Math.max(1, request.outputTokens),
-      prefix: request.prefix ?? [],
-      blockTokens: request.blockTokens ?? 0,
-      model: facts.model ?? MODEL,
-      storable: facts.cacheKey !== undefined,
-    });
+    process.submit(facts, bodyOf(request, facts));
+  }
+
+  /** Any process that is up; undefined when none is. */
+  #balanced(): GatewayProcess | undefined {
+    const [only] = this.#processes;
+    if (this.#processes.length === 1) return only?.isUp === true ? only : undefined;
+    const up = this.#processes.filter((process) => process.isUp);
+    return up[this.#balancer.int(Math.max(1, up.length))];
   }
 
   #facts(request: TraceRequest, requestId: string): RequestFacts {
@@ -437,9 +442,9 @@ export class Simulation {
     const nowMs = this.clock.nowUs() / 1000;
     const { deadlineMs = timeouts.requestMsDefault } = this.#spec.clients ?? {};
     const key = this.#keyOf(request);
-    const tenant = key?.tenant ?? "local";
     const model = this.#modelOf(request);
-    return {
+    const tenant = key?.tenant ?? "local";
+    const facts: RequestFacts = {
       requestId,
       tenant,
       limitKey: key?.name ?? "local",
@@ -449,18 +454,18 @@ export class Simulation {
       route: "chat",
       model,
       stream: true,
-      ...(cache.enabled
-        ? { cacheKey: cacheKeyOf(`${tenant} ${model} ${request.question ?? `= ${requestId}`}`) }
-        : { cacheBypass: "cache is off" }),
       cacheRead: true,
       cacheWrite: true,
       affinityKey: affinityKeyOf(request, requestId),
       promptTokens: Math.max(1, request.inputTokens),
-      ...(request.maxTokens === undefined ? {} : { maxTokens: Math.max(1, request.maxTokens) }),
       arrivedAtMs: nowMs,
       deadlineAtMs: nowMs + Math.min(deadlineMs, timeouts.totalMs),
-      ...(request.session === undefined ? {} : { session: request.session }),
     };
+    if (!cache.enabled) facts.cacheBypass = "cache is off";
+    else facts.cacheKey = cacheKeyOf(request.question ?? requestId, `${tenant} ${model}`);
+    if (request.maxTokens !== undefined) facts.maxTokens = Math.max(1, request.maxTokens);
+    if (request.session !== undefined) facts.session = request.session;
+    return facts;
   }
 
   /** The key of the request's tenant; a tenant that the options do not name gets one by its name's hash. */
@@ -893,7 +898,7 @@ class GatewayProcess implements Peer {
     life?.end();
   }
 
-  submit(facts: RequestFacts, body: Parameters<DataPlane["set"]>[1]): void {
+  submit(facts: RequestFacts, body: Body): void {
     const life = this.#life;
     if (life === undefined) return;
     this.requests++;
@@ -1054,6 +1059,33 @@ function scrapeOptionsOf({ scrape, health }: Options) {
   };
 }
 
+function bodyOf(request: TraceRequest, facts: RequestFacts): Body {
+  const outputTokens = Math.max(1, request.outputTokens);
+  const { promptTokens, maxTokens } = facts;
+  const notStorable = notStorableOf(request, facts, outputTokens);
+  return {
+    promptTokens,
+    // A request that states no bound is held to its own length: no node refuses it for one that it never meant.
+    maxTokens: maxTokens ?? outputTokens,
+    outputTokens,
+    prefix: request.prefix ?? [],
+    blockTokens: request.blockTokens ?? 0,
+    model: facts.model ?? MODEL,
+    ...(notStorable === undefined ? {} : { notStorable }),
+  };
+}
+
+/** Why an answer is not kept. One to a text that nobody can ask again would only take up memory here. */
+function notStorableOf(
+  { question }: TraceRequest,
+  { maxTokens, cacheKey, cacheBypass }: RequestFacts,
+  outputTokens: number,
+): string | undefined {
+  if (cacheKey === undefined) return cacheBypass ?? "not shared";
+  if (question === undefined) return "the load does not say what was asked";
+  return maxTokens !== undefined && outputTokens >= maxTokens ? "finish_reason length" : undefined;
+}
+
 /** As a gateway makes it: of the session, else of the head of the prompt. */
 function affinityKeyOf(
   { session, prefix, blockTokens, question }: TraceRequest,
@@ -1068,10 +1100,16 @@ function affinityKeyOf(
   return hash32(String(prefix[blocks - 1]), 3);
 }
 
-/** In hexadecimal, 16 digits: equal texts, equal keys. */
-function cacheKeyOf(text: string): string {
-  const high = hash32(text, 4).toString(16).padStart(8, "0");
-  return high + hash32(text, 5).toString(16).padStart(8, "0");
+/** In hexadecimal, 16 digits: equal texts of one scope, equal keys. */
+function cacheKeyOf(text: string, scope: string): string {
+  const lane = hash32(scope, 4);
+  const high = hash32(text, lane).toString(16).padStart(8, "0");
+  return (
+    high +
+    hash32(text, lane ^ 1)
+      .toString(16)
+      .padStart(8, "0")
+  );
 }
 
 /** FNV-1a with a lane, finished by murmur3's mixer. */

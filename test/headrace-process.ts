@@ -42,11 +42,9 @@ export class HeadraceProcess {
 
   /** @param args as on the command line, after `headrace`. */
   constructor(args: readonly string[]) {
-    // A variable that is no option would be refused.
-    const env = Object.entries(process.env).filter(([name]) => !name.startsWith("HEADRACE_"));
     this.child = fork(command, args, {
       stdio: ["ignore", "pipe", "pipe", "ipc"],
-      env: { ...Object.fromEntries(env), NO_COLOR: "1" },
+      env: { ...process.env, NO_COLOR: "1" },
       execArgv: [],
     });
     running.add(this);

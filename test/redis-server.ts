@@ -7,13 +7,14 @@ import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { connect, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { requireRedis } from "./environment.ts";
 
 /** Whether redis-server can be run here. */
 export const redisAvailable = spawnSync("redis-server", ["--version"]).status === 0;
 
 if (!redisAvailable) {
   const line = "redis-server is not installed (apt-get install redis-server)";
-  if (process.env.HEADRACE_REQUIRE_REDIS === "1") throw new Error(line);
+  if (requireRedis) throw new Error(line);
   console.warn(`skipped: ${line}`);
 }
 

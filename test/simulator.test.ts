@@ -9,7 +9,19 @@ import type { RequestRecord } from "../actors/protocol.ts";
 import { parseFaults } from "../sim/faults.ts";
 import { lawByName } from "../sim/laws.ts";
 import { generateLoad } from "../sim/load-generators.ts";
-import { SESSION_PREFIX_CACHE_TOKENS, sessionLaw, sessionLoad } from "../sim/session-load.ts";
+import {
+  formatComparison,
+  formatSimulation,
+  lawProvenance,
+  simulationReport,
+} from "../sim/report.ts";
+import { runPage } from "../sim/run-page.ts";
+import {
+  SESSION_BLOCK_TOKENS,
+  SESSION_PREFIX_CACHE_TOKENS,
+  sessionLaw,
+  sessionLoad,
+} from "../sim/session-load.ts";
 import {
   type SimulatedNode,
   Simulation,
@@ -209,17 +221,23 @@ describe("simulator: what it is told and what it says", () => {
   });
 
   it("equal questions are answered from the cache, or join the one that runs", () => {
-    const load: TraceRequest[] = Array.from({ length: 20 }, (_, index) => ({
-      atUs: index < 10 ? index : 60_000_000 + index,
-      inputTokens: 100,
-      outputTokens: 50,
-      maxTokens: 500,
-      question: "the same",
-    }));
-    const { result } = run({ nodes: nodes(2), load });
-    expect(result.cache).toEqual({ miss: 1, joined: 9, hit_exact: 10 });
-    expect(result.attempts).toBe(1);
-    expect(result.counts.completed).toBe(20);
+    const asked = (more: Partial<TraceRequest>) => {
+      const load: TraceRequest[] = Array.from({ length: 20 }, (_, index) => ({
+        atUs: index < 10 ? index : 60_000_000 + index,
+        inputTokens: 100,
+        outputTokens: 50,
+        question: "the same",
+        ...more,
+      }));
+      const { result } = run({ nodes: nodes(2), load });
+      expect(result.counts.completed).toBe(20);
+      expect(result.attempts).toBe(result.cache.miss);
+      return result.cache;
+    };
+    expect(asked({})).toEqual({ miss: 1, joined: 9, hit_exact: 10 });
+    expect(asked({ maxTokens: 51 })).toEqual({ miss: 1, joined: 9, hit_exact: 10 });
+    // An answer that its bound cut off is shared while it runs, and not kept.
+    expect(asked({ maxTokens: 50 })).toEqual({ miss: 2, joined: 18 });
   });
 
   it("behind several gateways a shared store answers what another process was asked", () => {
@@ -227,7 +245,6 @@ describe("simulator: what it is told and what it says", () => {
       atUs: index * 5_000_000,
       inputTokens: 100,
       outputTokens: 50,
-      maxTokens: 500,
       question: "the same",
     }));
     const attempts = (hasStore: boolean, faults = "") =>
@@ -294,9 +311,72 @@ describe("simulator: what it is told and what it says", () => {
     expect(error({ nodes: [] })).toContain("accepted: 1 to 1024");
     expect(error({ faults: parseFaults("crash node-9 at 1s") })).toContain("no node");
     expect(error({ faults: parseFaults("gateway gw-2 crash at 1s") })).toContain("no gateway");
+    expect(error({ faults: parseFaults("store down at 1s") })).toContain("cache.redis.url");
     expect(error({ options: { retry: { attemptsMax: 0 } } })).toContain("retry.attemptsMax");
     const backwards = [...load].reverse();
     expect(() => simulate({ nodes: nodes(2), load: backwards })).toThrow(SimulationError);
+  });
+});
+
+describe("simulator: report", () => {
+  const { result } = run({
+    nodes: nodes(3),
+    gateways: 2,
+    load: poisson(10, 40),
+    faults: parseFaults("crash node-2 at 10s for 5s"),
+    slo: parseSlo("ttft p99 <= 1s"),
+  });
+  const report = (name: string) =>
+    simulationReport(result, {
+      name,
+      wallMs: 100,
+      physics: [],
+      sloText: "ttft p99 <= 1s",
+      provenance: {
+        load: "a <load>",
+        format: "generator",
+        sha256: "0123",
+        laws: lawProvenance([law, law, law]),
+        gateways: 2,
+        router: "headroom",
+        options: "defaults",
+        nodeVersion: process.version,
+        version: "0",
+        command: "headrace sim …",
+      },
+    });
+
+  it("is plain data: what goes to a file comes back the same", () => {
+    const made = report("one");
+    expect(JSON.parse(JSON.stringify(made))).toEqual(made);
+  });
+
+  it("terminal: latencies, outcomes, nodes, faults, and how to make it again", () => {
+    const text = formatSimulation(report("one"));
+    for (const part of [
+      "TOO-SHORT",
+      "SLO ttft p99 <= 1s: kept for",
+      /TTFT +[\d.]+ m?s/,
+      /outcomes +ok \d+/,
+      /node-3 +\d+ +\d+\.\d %/,
+      /gateways +gw-1 \d+, gw-2 \d+/,
+      "10 s crash node-2",
+      "3 × llama-3.1-8b/h100: NOT VALIDATED",
+      `hash ${result.hash}`,
+      "crash node-2 at 10s for 5s",
+    ]) {
+      expect(text).toMatch(part);
+    }
+    const sides = formatComparison([report("one"), report("two")]);
+    expect(sides).toMatch(/one +two/);
+    expect(sides).toMatch(/TTFT p99 +([\d.]+ m?s) +\1/);
+  });
+
+  it("page: plots, escaped, and nothing from elsewhere", () => {
+    const page = runPage([report("one"), report("two")]);
+    expect(page.match(/<svg/g)?.length).toBeGreaterThan(4);
+    expect(page).toContain("a &lt;load&gt;");
+    expect(page).not.toMatch(/<script|https?:|<link|<img/);
   });
 });
 
@@ -471,39 +551,54 @@ describe("simulator: metamorphic", () => {
 });
 
 describe("simulator: routers on eight nodes, two of them at half speed", () => {
-  const seconds = 150;
-  const load = [...sessionLoad({ seed: 1, rate: 28, durationUs: seconds * 1e6 })];
-  const of = (gateways: number, options: OptionsInput, metrics: "vllm" | "article" = "vllm") =>
-    simulate({
+  // Not learned, a tenth above the 64 seats: what is compared is where requests go.
+  const cap: OptionsInput = { concurrency: { inflightMin: 70, inflightMax: 70 } };
+
+  function of(
+    seconds: number,
+    gateways: number,
+    options: OptionsInput,
+    metrics: "vllm" | "article" = "vllm",
+  ): SimulationResult {
+    const result = simulate({
       nodes: Array.from({ length: 8 }, (_, index) => ({
         law: sessionLaw,
         slowFactor: index < 2 ? 2 : 1,
         prefixCacheTokens: SESSION_PREFIX_CACHE_TOKENS,
         metrics,
       })),
-      load,
+      load: sessionLoad({ seed: 1, rate: 28, durationUs: seconds * 1e6 }),
       gateways,
-      options,
+      options: { ...cap, ...options },
+      prefixBlockTokens: SESSION_BLOCK_TOKENS,
       measured: { fromUs: 0.2 * seconds * 1e6, toUs: 0.96 * seconds * 1e6 },
     });
+    expectSound(result);
+    return result;
+  }
 
-  it("headroom: TTFT p99 at least ten times better than the article's rule, and flat over 1, 4, 16 gateways", () => {
-    const headroom = [1, 4, 16].map((gateways) => of(gateways, {}));
-    for (const result of headroom) expectSound(result);
-    const figures = headroom.map(p99);
-    // As the article has it: its score, on its own metrics, read every 5 s.
-    const article = of(
-      1,
-      {
-        router: { strategy: "article", staleMs: 10_000 },
-        scrape: { intervalMs: 5000, timeoutMs: 3000 },
-      },
-      "article",
+  it("headroom's TTFT p99 is at least ten times better than that of the article's rule", () => {
+    const headroom = p99(of(300, 1, {}));
+    // As the article has it: its score, on its own JSON, read every 5 s.
+    const article = p99(
+      of(
+        300,
+        1,
+        {
+          router: { strategy: "article", staleMs: 10_000 },
+          scrape: { intervalMs: 5000, timeoutMs: 3000 },
+        },
+        "article",
+      ),
     );
-    expect(p99(article) / Math.max(...figures)).toBeGreaterThan(8);
-    expect(p99(article) / (figures[0] ?? 0)).toBeGreaterThan(10);
+    expect(article / headroom).toBeGreaterThan(10);
+    expect(headroom).toBeLessThan(700_000);
+  }, 120_000);
+
+  it("headroom's TTFT p99 is flat over 1, 4 and 16 gateways", () => {
+    const figures = [1, 4, 16].map((gateways) => p99(of(150, gateways, {})));
     expect(Math.max(...figures) / Math.min(...figures)).toBeLessThan(1.2);
-  });
+  }, 120_000);
 });
 
 /** Newer than every source that goes into it. */
