@@ -5,7 +5,9 @@
  *
  * - **Leases** are the truth about work in flight, over all routers. One lives `leaseTtlMs` from its
  *   last sign of life (first token, progress); an expired one belonged to a process that died.
- * - **The cap** on them is learned: overload shrinks it at once, quiet lets it grow by one (AIMD).
+ * - **The cap** on them is learned: overload shrinks it at once, quiet lets it grow by one (AIMD). Work that
+ *   only waits in the engine shrinks it no further than what runs there, so that the queue is ours and the
+ *   engine stays full; refusals, preemptions and full KV memory shrink it below that.
  * - **The circuit** (circuit-breaker.ts) judges the outcomes of leases, the health checks, and an
  *   engine that runs requests without making a token. Before it opens, a subscribed router is asked
  *   whether the pool can bear it; without a router, or without its answer, the node's own evidence
@@ -496,7 +498,7 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     if (lease === undefined) return this.#ignore("release", "unknown_lease", context);
     const { outcome, retryAfterMs } = release;
     const { nowMs } = context;
-    if (outcome === "overloaded") this.#shrinkCap("refused", context); // The refused one still counts.
+    if (outcome === "overloaded") this.#shrinkCap("refused", 0, context); // The refused one still counts.
     this.#drop(release.leaseId, lease);
     this.#totals[outcome]++;
     this.#learn(release, lease, nowMs);
@@ -804,14 +806,15 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     before: ScrapeSample | undefined,
     context: NodeContext,
   ): void {
-    const waiting = sample.waitingForCapacity ?? sample.waiting ?? 0;
-    // One or two wait in any busy engine, from one step to the next: that is no overload.
-    const isWaiting = waiting >= Math.max(WAITING_MIN, WAITING_RATIO * (sample.running ?? 0));
+    const isWaiting = isShortOfCapacity(sample, this.#kvGate);
     const preemptions = sample.preemptionsTotal ?? 0;
     const hasPreempted = preemptions > (before?.preemptionsTotal ?? preemptions);
-    if (isWaiting && this.#wasWaiting) this.#shrinkCap("waiting", context);
-    else if ((sample.kv ?? 0) > this.#kvGate) this.#shrinkCap("kv", context);
-    else if (hasPreempted) this.#shrinkCap("preemption", context);
+    // What it runs it can run: less than that would leave seats empty, and so would no one in its queue.
+    const running = sample.running ?? 0;
+    if (hasPreempted) this.#shrinkCap("preemption", running, context);
+    else if (isWaiting && this.#wasWaiting) {
+      this.#shrinkCap("waiting", running + WAITING_MIN, context);
+    }
     this.#wasWaiting = isWaiting;
   }
 
@@ -881,9 +884,9 @@ export class GpuNodeActor implements Actor<GpuNodeMessage | Private> {
     this.#publish(context);
   }
 
-  #shrinkCap(cause: string, context: NodeContext): void {
+  #shrinkCap(cause: string, leave: number, context: NodeContext): void {
     const from = this.#cap.value;
-    this.#cap.shrink(this.#leases.size + this.#othersInflight, context.nowMs);
+    this.#cap.shrink(this.#leases.size + this.#othersInflight, leave, context.nowMs);
     this.#reportCap(from, cause, context);
   }
 
@@ -1110,8 +1113,10 @@ class ConcurrencyCap {
     this.#value = this.#wasOverloaded ? Math.min(this.#value, this.#ceiling) : this.#ceiling;
   }
 
-  shrink(inflight: number, nowMs: number): void {
-    const next = Math.max(this.least, Math.floor(inflight * this.#options.decreaseRatio));
+  /** @param leave not below that, whatever is in flight */
+  shrink(inflight: number, leave: number, nowMs: number): void {
+    const share = Math.floor(inflight * this.#options.decreaseRatio);
+    const next = Math.max(this.least, leave, share);
     this.#value = Math.min(this.#value, next);
     this.#wasOverloaded = true;
     this.#changedAtMs = nowMs;
@@ -1123,6 +1128,19 @@ class ConcurrencyCap {
     this.#value++;
     this.#changedAtMs = nowMs;
   }
+}
+
+/**
+ * Whether requests wait in the engine for want of capacity. One or two wait in any busy engine, from one step to the
+ * next. An engine that does not tell what they wait for may have plenty of room, and only long prompts to be
+ * prefilled in their turn: there, they count where its memory is full, its seats are taken, or no fewer wait than run.
+ */
+function isShortOfCapacity(sample: ScrapeSample, kvGate: number): boolean {
+  const { running = 0, waiting = 0, waitingForCapacity, maxSequences, kv = 0 } = sample;
+  if ((waitingForCapacity ?? waiting) < Math.max(WAITING_MIN, WAITING_RATIO * running))
+    return false;
+  if (waitingForCapacity !== undefined || kv > kvGate || waiting >= running) return true;
+  return maxSequences !== undefined && running >= maxSequences;
 }
 
 const LATENCY_SAMPLES = 9;

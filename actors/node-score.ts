@@ -44,7 +44,7 @@ export type RankingOptions = {
   prefillWeight: number;
   /** A KV cache fuller than this excludes a node, 0..1; default 0.92. */
   kvGate: number;
-  /** More requests than this waiting in the engine for capacity exclude a node; default 4. */
+  /** More requests than this waiting in the engine for capacity exclude a node; default 16. */
   waitingGate: number;
   /** A scrape older than this gates no more, ms; default 3000. */
   staleMs: number;

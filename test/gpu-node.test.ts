@@ -439,36 +439,43 @@ describe("gpu node: concurrency cap", () => {
     expect(capOf(overloaded)).toBe(9); // What was learned stays.
   });
 
-  it("requests that wait for capacity shrink it at the second scrape in a row", () => {
+  it("requests that wait for capacity shrink it at the second scrape in a row, to what runs and a few", () => {
     const w = world();
-    w.fill(20);
-    w.scrape({ waiting: 3 });
-    w.scrape({ waiting: 0 });
-    w.scrape({ waiting: 3 });
-    expect(capOf(w)).toBe(256);
-    w.scrape({ waiting: 2 });
-    w.scrape({ running: 40, waiting: 3 });
-    w.scrape({ running: 40, waiting: 3 });
-    expect(capOf(w)).toBe(256); // A few always wait in a busy engine, from step to step.
-    w.scrape({ running: 20, waiting: 3 });
-    w.scrape({ running: 20, waiting: 3 });
-    expect(capOf(w)).toBe(18);
-    expect(w.eventsOf("gpu_node.cap_changed")).toMatchObject([
-      { from: 256, to: 18, cause: "waiting" },
-    ]);
-    const deferred = world();
-    deferred.fill(20);
-    for (let i = 0; i < 3; i++) deferred.scrape({ waiting: 3, waitingForCapacity: 0 });
-    expect(capOf(deferred)).toBe(256); // They wait for something else.
+    w.fill(40);
+    const full = { running: 36, waiting: 4, maxSequences: 36, kv: 0.5 };
+    w.scrape({ ...full, maxSequences: 256 });
+    w.scrape({ ...full, waiting: 0 });
+    w.scrape(full);
+    w.scrape({ ...full, waiting: 3 }); // A few always wait in a busy engine, from step to step.
+    w.scrape(full);
+    expect(capOf(w)).toBe(39); // A tenth above its seats.
+    w.scrape(full);
+    expect(capOf(w)).toBe(39); // 36 run, and three more may come.
+    w.scrape({ ...full, running: 30, waiting: 4, kv: 0.93 });
+    expect(capOf(w)).toBe(36);
+    expect(w.eventsOf("gpu_node.cap_changed")).toContainEqual(
+      expect.objectContaining({ from: 39, to: 36, cause: "waiting" }),
+    );
   });
 
-  it("a full KV cache or a preemption shrinks it; an unknown gauge, or a counter that restarted, does not", () => {
+  it("requests that wait for something else do not", () => {
+    const deferred = world();
+    deferred.fill(20);
+    for (let i = 0; i < 3; i++) deferred.scrape({ waiting: 9, waitingForCapacity: 0, kv: 0.99 });
+    expect(capOf(deferred)).toBe(256); // It says so.
+    const prefilling = world();
+    prefilling.fill(20);
+    for (let i = 0; i < 3; i++) prefilling.scrape({ running: 12, waiting: 8, kv: 0.3 });
+    expect(capOf(prefilling)).toBe(256); // Memory is there, and seats are as far as is known.
+    for (let i = 0; i < 2; i++) prefilling.scrape({ running: 8, waiting: 12, kv: 0.3 });
+    expect(capOf(prefilling)).toBe(18); // More wait than run: it cannot take them.
+  });
+
+  it("a preemption shrinks it, not below what runs; full memory alone, an unknown gauge or a restarted counter does not", () => {
     const full = world();
     full.fill(20);
-    full.scrape({ kv: 0.92 });
+    for (let i = 0; i < 3; i++) full.scrape({ running: 20, waiting: 0, kv: 0.99 });
     expect(capOf(full)).toBe(256);
-    full.scrape({ kv: 0.93 });
-    expect(capOf(full)).toBe(18);
     const preempted = world();
     preempted.fill(20);
     preempted.scrape({ preemptionsTotal: 500 });
@@ -477,7 +484,9 @@ describe("gpu node: concurrency cap", () => {
     preempted.scrape({});
     expect(capOf(preempted)).toBe(256);
     preempted.scrape({ preemptionsTotal: 3 });
-    preempted.scrape({ preemptionsTotal: 4 });
+    preempted.scrape({ preemptionsTotal: 4, running: 19 });
+    expect(capOf(preempted)).toBe(19);
+    preempted.scrape({ preemptionsTotal: 5, running: 12 });
     expect(capOf(preempted)).toBe(18);
   });
 });

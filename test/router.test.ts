@@ -651,7 +651,7 @@ function settingsOf(
       exploreRatio: 0.01,
       prefillWeight: 0.5,
       kvGate: 0.92,
-      waitingGate: 4,
+      waitingGate: 16,
       staleMs: 3000,
       staleWeight: 0.7,
       panicRatio: 0.5,

@@ -261,7 +261,7 @@ const schema = group("All options.", "restart", {
     waitingGate: requests(
       [0, 10_000],
       "A node with more requests than this waiting in its own queue is passed over.",
-    ).default(4),
+    ).default(16),
     staleMs: ms(
       [100, 600_000],
       "Engine metrics older than this no longer gate a node; it counts as staleWeight of itself.",
