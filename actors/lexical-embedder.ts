@@ -13,7 +13,7 @@ export class LexicalEmbedder {
     this.#dimension = dimension;
   }
 
-  /** A vector of length 1; of an empty text, a fixed one. */
+  /** A vector of length 1; zeros for a text without words. */
   embed(text: string): Float32Array {
     const vector = new Float32Array(this.#dimension);
     const add = (feature: string): void => {
@@ -23,7 +23,6 @@ export class LexicalEmbedder {
         vector[index] = (vector[index] ?? 0) + (state & 0x8000_0000 ? 1 : -1);
       }
     };
-    add("");
     for (const word of text
       .normalize("NFKC")
       .toLowerCase()
@@ -36,7 +35,7 @@ export class LexicalEmbedder {
     let squares = 0;
     for (const value of vector) squares += value * value;
     const norm = Math.sqrt(squares);
-    return vector.map((value) => value / norm);
+    return norm === 0 ? vector : vector.map((value) => value / norm);
   }
 }
 

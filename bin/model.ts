@@ -11,13 +11,14 @@ import { Command } from "commander";
 import { openBackend } from "../transport/embedder.ts";
 import {
   dot,
+  EMBEDDER_MODEL,
   type EmbedderBackend,
   EmbedderError,
   type SelfTest,
   selfTest,
 } from "../transport/embedder-backend.ts";
 import { findModel, modelsFolder, PullError, pullModel } from "../transport/model-files.ts";
-import { defaults, EMBEDDER_MODEL, parseOptions } from "../transport/options.ts";
+import { defaults, parseOptions } from "../transport/options.ts";
 
 const HUB = "https://huggingface.co";
 

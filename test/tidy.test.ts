@@ -26,6 +26,7 @@ const arrows: Readonly<Record<(typeof code)[number], readonly string[]>> = {
 
 /** Files of transport/ that touch nothing outside: the simulator may use them. */
 const pureTransport = [
+  "transport/embedder-backend.ts",
   "transport/option-problems.ts",
   "transport/option-schema.ts",
   "transport/options.ts",

@@ -9,6 +9,9 @@
  */
 import type { NoVector } from "../actors/edges.ts";
 
+/** The article's: 384 dimensions, 50 languages, 118 MB. */
+export const EMBEDDER_MODEL = "Xenova/paraphrase-multilingual-MiniLM-L12-v2";
+
 /** One model. The edge in embedder.ts adds queue, batches, time-outs and health. */
 export interface EmbedderBackend {
   /** Calls of `embed` that may run at once, ≥ 1. */

@@ -118,7 +118,7 @@ class LexicalBackend implements EmbedderBackend {
   async embed(texts: readonly string[]): Promise<TextVector[]> {
     return texts.map((text) => {
       const vector = this.#embedder.embed(text);
-      return vector.some((value) => value !== 0) ? vector : "unknown_words"; // Signs alone, say.
+      return dot(vector, vector) > 0 ? vector : "unknown_words"; // Signs alone, say.
     });
   }
 

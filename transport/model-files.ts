@@ -13,7 +13,7 @@ import { homedir } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import { Readable, Transform } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { EmbedderError } from "./embedder-backend.ts";
+import { EMBEDDER_MODEL, EmbedderError } from "./embedder-backend.ts";
 
 /** All that is needed, the large one last, so that a wrong name is found out soon. */
 export const modelFiles = [
@@ -31,14 +31,19 @@ export function modelsFolder(
 }
 
 /**
- * The folder of a model that is whole, as far as can be told without loading it.
+ * A model that is whole, as far as can be told without loading it: its folder, and its name.
  * @param path a folder of models, or the model's own; undefined: `modelsFolder`.
+ * @param named undefined: the default model, or the one that `path` holds.
  * @throws EmbedderError that says what is missing and how to get it.
  */
-export function findModel(path: string | undefined, model: string): string {
+export function findModel(
+  path: string | undefined,
+  named: string | undefined,
+): { folder: string; model: string } {
   const root = resolve(path ?? modelsFolder());
-  const own = path !== undefined && existsSync(join(root, "config.json"));
-  const folder = own ? root : join(root, model);
+  const isOwn = path !== undefined && existsSync(join(root, "config.json"));
+  const model = named ?? (isOwn ? basename(root) : EMBEDDER_MODEL);
+  const folder = isOwn ? root : join(root, model);
   const pull = `\`headrace model pull ${model}${path === undefined ? "" : ` --dir ${path}`}\` fetches it`;
   if (!existsSync(folder)) {
     throw new EmbedderError("lasting", `the model ${model} is not in ${root}; ${pull}`);
@@ -53,7 +58,7 @@ export function findModel(path: string | undefined, model: string): string {
     const problem = file.endsWith(".json") ? jsonProblem(where) : weightsProblem(where, bytes);
     if (problem !== undefined) throw new EmbedderError("lasting", `${where} ${problem}; ${pull}`);
   }
-  return folder;
+  return { folder, model };
 }
 
 function jsonProblem(file: string): string | undefined {

@@ -8,6 +8,7 @@
  */
 import { createHash } from "node:crypto";
 import * as z from "zod";
+import { EMBEDDER_MODEL } from "./embedder-backend.ts";
 import { explain, overlap, type Problem, segmentsOf } from "./option-problems.ts";
 import {
   boolean,
@@ -36,9 +37,6 @@ import {
 
 const MiB = 1024 * 1024;
 const GiB = 1024 * MiB;
-
-/** The article's: 384 dimensions, 50 languages, 118 MB. */
-export const EMBEDDER_MODEL = "Xenova/paraphrase-multilingual-MiniLM-L12-v2";
 
 // ---- checks of texts ----------------------------------------------------------------------------
 

@@ -8,10 +8,9 @@
 import { Worker } from "node:worker_threads";
 import { type EmbedderBackend, EmbedderError, type TextVector } from "./embedder-backend.ts";
 import { findModel } from "./model-files.ts";
-import { EMBEDDER_MODEL } from "./options.ts";
 
 export type TransformerOptions = {
-  /** Default: EMBEDDER_MODEL. */
+  /** Default: EMBEDDER_MODEL, or the one that `path` holds. */
   model?: string;
   /** A folder of models, or the model's own; default: where `headrace model pull` puts them. */
   path?: string;
@@ -52,7 +51,7 @@ type Pending = {
 
 export class TransformerBackend implements EmbedderBackend {
   readonly batchesMax = 1;
-  readonly #model: string;
+  readonly #model: string | undefined;
   readonly #path: string | undefined;
   readonly #tokensMax: number;
   readonly #workerUrl: URL;
@@ -62,7 +61,7 @@ export class TransformerBackend implements EmbedderBackend {
 
   /** @param workerUrl of the built embedder-worker; another one takes its place in tests. */
   constructor(
-    { model = EMBEDDER_MODEL, path, tokensMax }: TransformerOptions,
+    { model, path, tokensMax }: TransformerOptions,
     workerUrl: URL = new URL("./embedder-worker.js", import.meta.url),
   ) {
     this.#model = model;
@@ -73,7 +72,7 @@ export class TransformerBackend implements EmbedderBackend {
 
   async open(): Promise<{ id: string; version: string }> {
     await this.close();
-    const folder = findModel(this.#path, this.#model);
+    const { folder, model } = findModel(this.#path, this.#model);
     const setup: WorkerSetup = { folder, tokensMax: this.#tokensMax };
     // Whatever libraries print is not for our log: it may quote texts.
     const worker = new Worker(this.#workerUrl, { workerData: setup, stdout: true, stderr: true });
@@ -82,7 +81,7 @@ export class TransformerBackend implements EmbedderBackend {
     this.#worker = worker;
     const version = await this.#untilReady(worker, folder);
     worker.unref(); // It keeps no process alive but while it works.
-    return { id: `transformers:${this.#model}`, version };
+    return { id: `transformers:${model}`, version };
   }
 
   #untilReady(worker: Worker, folder: string): Promise<string> {
