@@ -147,3 +147,55 @@ export type ScraperEvent =
   | { kind: "scraper.failed"; reason: string }
   | { kind: "scraper.health"; ok: boolean; detail: string }
   | { kind: "scraper.models"; models: readonly string[]; adapters: readonly string[] };
+
+// ---- embedder: text to vector -----------------------------------------------------------------------------------
+
+export type EmbedderCommand =
+  /** One reply, always, within the embedder's `timeoutMs` of its arrival. */
+  | { kind: "embedder.embed"; requestId: RequestId; text: string; replyTo: ReplyTo<Embedded> }
+  | { kind: "embedder.describe"; replyTo: ReplyTo<EmbedderDescription> };
+
+/** `vector`: of norm 1 and of the identity's dimension. Without one a lookup goes on as a miss, never an error. */
+export type Embedded =
+  | { kind: "vector"; vector: Float32Array }
+  | { kind: "unavailable"; reason: NoVector };
+
+/** Why a text got no vector. */
+export type NoVector =
+  | "starting" // the self-test has not ended
+  | "resting" // it failed a while ago and is tried again
+  | "off" // until the process starts again; health says why
+  | "busy" // the queue is full; or the text is long, and others wait
+  | "late" // not embedded in time
+  | "empty" // nothing but spaces and control characters
+  | "too_long" // the model would read only its head, and two questions may differ behind that
+  | "unknown_words" // the model knows less than half of it, so that its vector says little
+  | "failed" // refused or failed, this time
+  | "bad_vector"; // what came is no unit vector of the right dimension
+
+/** Belongs to every scope: vectors of different embedders never meet. */
+export type EmbedderIdentity = {
+  /** "transformers:Xenova/paraphrase-multilingual-MiniLM-L12-v2". */
+  readonly id: string;
+  /** Changes with the weights, as far as that can be seen. */
+  readonly version: string;
+  readonly dimension: number;
+};
+
+export type EmbedderState = "starting" | "healthy" | "resting" | "off";
+
+/** For health and metrics; counts are since the start. */
+export type EmbedderDescription = {
+  state: EmbedderState;
+  /** Why it is not healthy; "" when it is. */
+  reason: string;
+  /** Known once it has been healthy; never changes after that. */
+  identity?: EmbedderIdentity;
+  /** Texts waiting now. */
+  queued: number;
+  vectors: number;
+  unavailable: Readonly<Record<NoVector, number>>;
+  batches: number;
+  /** All batches together: `batchMs / batches` is the mean time of one. */
+  batchMs: number;
+};

@@ -8,6 +8,7 @@
  */
 import { createHash } from "node:crypto";
 import * as z from "zod";
+import { EMBEDDER_MODEL } from "./embedder-backend.ts";
 import { explain, overlap, type Problem, segmentsOf } from "./option-problems.ts";
 import {
   boolean,
@@ -86,6 +87,11 @@ function wrongHostPort(value: string): string | undefined {
   const match = /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})$/.exec(value);
   const port = Number(match?.[2] ?? 0);
   return port >= 1 && port <= 65_535 ? undefined : "is not host:port";
+}
+
+function wrongEmbedderUrl(value: string): string | undefined {
+  // Unlike a node's URL it may name the route: TEI and others have it elsewhere.
+  return wrongUrl(value.replace(/\/embeddings\/*$/, ""))?.replace("use apiKey", "use key");
 }
 
 function name(doc: string) {
@@ -453,6 +459,54 @@ const schema = group("All options.", "restart", {
     storeTimeoutMs: ms([1, 10_000], "Redis answers within this, or the lookup is a miss.").default(
       50,
     ),
+    semantic: group("Answers to the same question in other words.", "restart", {
+      embedder: group("What turns a question into a vector.", "restart", {
+        type: choice(
+          ["off", "lexical", "transformers", "http"],
+          "off = only equal questions hit; lexical = built in, knows words but no meaning; " +
+            "transformers = a model in this process; http = a /v1/embeddings endpoint.",
+        ).default("off"),
+        model: text({
+          doc: `The model; unset with transformers = ${EMBEDDER_MODEL}; http needs it.`,
+          accepted: "a model's name, such as org/name",
+          wrong: (value) =>
+            /^\S{1,200}$/.test(value) ? undefined : "holds spaces, or is too long",
+        }).exactOptional(),
+        path: text({
+          doc:
+            "transformers: the folder that `headrace model pull` filled, or the model's own; " +
+            "unset = where it puts models by default.",
+          accepted: "a path",
+        }).exactOptional(),
+        url: text({
+          doc: "http: base URL of the endpoint, or all of it.",
+          accepted: "an http:// or https:// URL, such as http://10.0.0.9:8080/v1/embeddings",
+          wrong: wrongEmbedderUrl,
+        }).exactOptional(),
+        key: text({
+          doc: "http: sent as bearer token.",
+          accepted: "printable ASCII without spaces, at most 512 characters",
+          secret: "all",
+          wrong: wrongSecret(1),
+        }).exactOptional(),
+        dimension: count(
+          [8, 8192],
+          "Dimension that its vectors must have; unset = that of the first.",
+        ).exactOptional(),
+        timeoutMs: ms(
+          [1, 10_000],
+          "A vector that takes longer is not waited for: the request goes on without it.",
+        ).default(50),
+        queueMax: requests(
+          [1, 10_000],
+          "Questions that wait for the embedder; more go on without it.",
+        ).default(64),
+        tokensMax: tokens(
+          [8, 8192],
+          "A longer question gets no vector: the model would read only its head.",
+        ).default(128),
+      }).prefault({}),
+    }).prefault({}),
     redis: group("Shared, surviving copy of the cache. Unset = memory only.", "restart", {
       url: text({
         doc: "One Redis server.",
@@ -753,6 +807,7 @@ function* brokenRelations(options: Options, kept: Kept): Generator<Relation> {
   yield* brokenNodes(options, kept);
   yield* brokenKeys(options, kept);
   yield* brokenCache(options);
+  yield* brokenEmbedder(options);
   yield* brokenWarmup(options);
 }
 
@@ -930,6 +985,26 @@ function* brokenCache({ cache: { redis } }: Options): Generator<Relation> {
     yield {
       paths: ["cache.redis.tls", "cache.redis.url"],
       message: "is true, but the URL starts with redis://: write rediss:// for TLS",
+    };
+  }
+}
+
+function* brokenEmbedder({ cache }: Options): Generator<Relation> {
+  const { embedder } = cache.semantic;
+  const at = "cache.semantic.embedder";
+  if (embedder.type === "http") {
+    for (const field of ["url", "model"] as const) {
+      if (embedder[field] !== undefined) continue;
+      yield { paths: [`${at}.${field}`, `${at}.type`], message: "is missing: type is http" };
+    }
+  }
+  const only = { path: "transformers", url: "http", key: "http" } as const;
+  for (const [field, type] of Object.entries(only)) {
+    if (embedder[field as keyof typeof only] === undefined) continue;
+    if (embedder.type === type || embedder.type === "off") continue; // Off keeps its settings.
+    yield {
+      paths: [`${at}.${field}`, `${at}.type`],
+      message: `is set, but type is ${embedder.type}: only ${type} has one`,
     };
   }
 }
