@@ -14,6 +14,7 @@ import type {
   RequestId,
   ScrapeSample,
   StoredAnswer,
+  StoredQuestion,
   Usage,
 } from "./protocol.ts";
 
@@ -94,7 +95,9 @@ export type UpstreamFailure =
 /** Facts for the answer's headers. */
 export type AnswerFacts = {
   cache: CacheVerdict;
+  /** Of a semantic hit, with the entry that answered. */
   similarity?: number;
+  entryId?: string;
   node?: NodeId;
   attempts: number;
   queuedMs: number;
@@ -120,6 +123,8 @@ export type FrontCommand =
   /** The flight that this request led is over: its body and answer leave the data plane. Comes after every
    *  `front.attach` to that flight; readers that are attached read on to the end. */
   | { kind: "front.forget"; requestId: RequestId }
+  /** A semantic hit was served and is to be judged: ask a node the same, for nobody. Comes before `forget`. */
+  | { kind: "front.ask_again"; requestId: RequestId; entryId: string; similarity: number }
   /** The request actor lost its state: every open request it held is answered `internal`. */
   | { kind: "front.requests_lost" };
 
@@ -129,7 +134,25 @@ export type FrontCommand =
 export type StoreCommand =
   | { kind: "store.get"; key: string; tenant: string; replyTo: ReplyTo<StoreGot> }
   | { kind: "store.put"; key: string; tenant: string; answer: StoredAnswer; ttlMs: number }
-  | { kind: "store.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> };
+  | { kind: "store.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> }
+  /** Keeps a question with its vector and answer, for a shard that begins anew. */
+  | { kind: "store.remember"; question: StoredQuestion }
+  /** Found wrong: no shard shall get it back. */
+  | { kind: "store.forget"; entryId: string; scope: string; tenant: string }
+  /** The nearest questions of a scope, where the store has an index of its own. */
+  | {
+      kind: "store.nearest";
+      scope: string;
+      vector: Float32Array;
+      similarityMin: number;
+      count: number;
+      replyTo: ReplyTo<Recalled>;
+    }
+  /** The questions of one of 4096 buckets (first 12 bits of the scope), a page at a time; "" asks for the first. */
+  | { kind: "store.recall"; bucket: number; cursor: string; replyTo: ReplyTo<Recalled> };
+
+/** A page of questions; without `cursor` it was the last. What is corrupt or expired is left out. */
+export type Recalled = { questions: StoredQuestion[]; cursor?: string };
 
 /** A missing, corrupt or late entry is a miss; `ttlMs` is what is left of its life. */
 export type StoreGot = { answer?: StoredAnswer; ttlMs: number };

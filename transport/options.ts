@@ -460,6 +460,52 @@ const schema = group("All options.", "restart", {
       50,
     ),
     semantic: group("Answers to the same question in other words.", "restart", {
+      mode: choice(
+        ["off", "shadow", "fixed", "verified"],
+        "shadow = compare what would be served with the real answer, serve none; fixed = serve at similarityMin; " +
+          "verified = serve where judged answers bound the error by errorRateMax. Needs an embedder.",
+      ).default("fixed"),
+      similarityMin: ratio(
+        [0.5, 1],
+        "Least cosine of two questions; a request may only raise it (x-headrace-similarity).",
+      ).default(0.92),
+      errorRateMax: ratio(
+        [0.001, 0.5],
+        "verified: share of wrong answers among served ones.",
+      ).default(0.01),
+      precisionMin: ratio(
+        [0.01, 0.999],
+        "Where judging cannot show so large a share of a tenant's hits right, they are only judged.",
+      ).default(0.9),
+      strict: boolean("Questions that each have a content word of their own never match.").default(
+        false,
+      ),
+      temperatureMax: ratio(
+        [0, 2],
+        "A request that states a higher temperature is not matched by meaning.",
+      ).default(0.3),
+      judge: choice(
+        ["exact", "words"],
+        "Two answers are the same: exact = but for case and punctuation; words = most words and all numbers.",
+      ).default("words"),
+      judgeRatio: ratio(
+        [0, 1],
+        "Share of hits for which a node is asked as well, to judge them; costs its tokens.",
+      ).default(0.02),
+      matchMs: ms([1, 10_000], "Vector and search in all; then the request goes on without.").default(
+        50,
+      ),
+      ttlMs: ms([1000, 2_592_000_000], "How long an answer is kept for other wordings.").default(
+        3_600_000,
+      ),
+      bytesMax: bytes(
+        [MiB, 1024 * GiB],
+        "Memory for questions, their vectors and answers; the least recently used go first.",
+      ).default(256 * MiB),
+      index: choice(
+        ["actors", "redis-vectorset", "redis-search"],
+        "Where questions are searched: in the cache actors; or in Redis 8 vector sets, or RediSearch (KNN).",
+      ).default("actors"),
       embedder: group("What turns a question into a vector.", "restart", {
         type: choice(
           ["off", "lexical", "transformers", "http"],
