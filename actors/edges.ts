@@ -205,6 +205,7 @@ export type EmbedderIdentity = {
   readonly dimension: number;
 };
 
+/** Vectors come only from a healthy one; a resting one is tried again, an off one is not. */
 export type EmbedderState = "starting" | "healthy" | "resting" | "off";
 
 /** For health and metrics; counts are since the start. */

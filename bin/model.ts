@@ -5,7 +5,7 @@
  * Progress on standard error, the report on standard output. Ends with 0 when the model is there or the check passed,
  * 1 when not, 2 for bad input, 130 when stopped by ^C (what was downloaded stays).
  */
-import { monitorEventLoopDelay } from "node:perf_hooks";
+import { type IntervalHistogram, monitorEventLoopDelay } from "node:perf_hooks";
 import cliProgress from "cli-progress";
 import { Command } from "commander";
 import { openBackend } from "../transport/embedder.ts";
@@ -207,6 +207,15 @@ function textOf(tokens: number, run: number): string {
   return Array.from({ length: tokens - 2 }, (_, at) => words[(at + run) % words.length]).join(" ");
 }
 
+function delayText(delay: IntervalHistogram): string {
+  const late = (ns: number): string => Math.max(0, ns / 1e6 - 1).toFixed(1); // A timer of 1 ms.
+  const [p50, p99] = [late(delay.percentile(50)), late(delay.percentile(99))];
+  return `p50 ${p50} ms, p99 ${p99} ms, max ${late(delay.max)} ms`;
+}
+
+/** To tell what embedding does to the loop from what a busy machine does. */
+const IDLE_MS = 1000;
+
 /** Times, and how late a timer of this thread's loop is meanwhile. */
 async function printSpeed(
   backend: EmbedderBackend,
@@ -223,6 +232,10 @@ async function printSpeed(
   if (alone instanceof Float32Array && together instanceof Float32Array) {
     print("alone and in a batch of 8", `cosine ${dot(alone, together).toFixed(4)}`);
   }
+  const idle = monitorEventLoopDelay({ resolution: 1 });
+  idle.enable();
+  await new Promise((resolve) => setTimeout(resolve, IDLE_MS));
+  idle.disable();
   const delay = monitorEventLoopDelay({ resolution: 1 });
   const cpuBefore = process.cpuUsage();
   const beganAtMs = performance.now();
@@ -242,6 +255,7 @@ async function printSpeed(
       const askedAtMs = performance.now();
       const [first] = await backend.embed(batch, signal);
       timesMs.push(performance.now() - askedAtMs);
+      await new Promise((resolve) => setImmediate(resolve)); // Else the built-in one never lets the loop turn.
       if (typeof first === "string") refused = `  (refused: ${first})`;
     }
     timesMs.sort((a, b) => a - b);
@@ -253,12 +267,9 @@ async function printSpeed(
   delay.disable();
   const wallMs = performance.now() - beganAtMs;
   const { user, system } = process.cpuUsage(cpuBefore);
-  const late = (ns: number): string => Math.max(0, ns / 1e6 - 1).toFixed(1); // A timer of 1 ms.
-  print(
-    "delay of the main loop meanwhile",
-    `p50 ${late(delay.percentile(50))} ms, p99 ${late(delay.percentile(99))} ms, max ${late(delay.max)} ms`,
-  );
-  print("CPU time / wall time", ((user + system) / 1000 / wallMs).toFixed(2));
+  print("delay of the main loop meanwhile", delayText(delay));
+  print("the same, without embedding", delayText(idle));
+  print("CPU of this process meanwhile", `${((user + system) / 10 / wallMs).toFixed(0)} %`);
   const budget = defaults.cache.semantic.embedder.timeoutMs;
   print("budget of a lookup", `${budget} ms (cache.semantic.embedder.timeoutMs)`);
 }

@@ -1,23 +1,25 @@
 /**
- * The thread in which a sentence model runs: tokens, one pass of the network, the mean over the tokens, length 1.
+ * The process in which a sentence model runs: tokens, one pass of the network, the mean over the tokens, length 1.
  * The only importer of @xenova/transformers, which is an optional dependency.
  *
  * Where the library is given nothing to choose, it cannot go wrong quietly: no remote models, no WASM fallback, one
  * ONNX thread. It passes no options on to the ONNX runtime, so that its `create` is wrapped.
  */
 import { createRequire } from "node:module";
-import { parentPort, workerData } from "node:worker_threads";
+import { normalise } from "./embedder-backend.ts";
 import { localName, modelVersion } from "./model-files.ts";
 import type { Refusal, WorkerEvent, WorkerOrder, WorkerSetup } from "./transformer-embedder.ts";
 
-/** The part of the library's tensors that is used. */
-type Tensor = { data: Float32Array | BigInt64Array; dims: number[] };
-type Inputs = { input_ids: Tensor; attention_mask: Tensor };
-type Tokenizer = ((
-  texts: readonly string[],
-  options: { padding: boolean; truncation: boolean },
-) => Inputs) & { unk_token_id?: number; model_max_length?: number };
+/** The part of the library that is used. */
+type Tensor = { data: ArrayLike<number | bigint>; dims: number[] };
+type Tokenizer = {
+  encode: (text: string) => number[];
+  unk_token_id?: number;
+  pad_token_id?: number;
+  model_max_length?: number;
+};
 type Model = (inputs: object) => Promise<{ last_hidden_state?: Tensor }>;
+type MakeTensor = (data: BigInt64Array, dims: number[]) => Tensor;
 type Sessions = { create: (this: unknown, ...args: unknown[]) => Promise<unknown> };
 
 const runtimeOptions = {
@@ -29,24 +31,22 @@ const runtimeOptions = {
 /** What is done with the network's output; part of the version, since other vectors come of another method. */
 const METHOD = "mean";
 
-const { folder, tokensMax } = workerData as WorkerSetup;
-const port = parentPort;
-if (port === null) throw new Error("embedder-worker.ts runs in a thread of its own");
+if (process.send === undefined) throw new Error("embedder-worker.ts runs as a process of its own");
 
-function post(event: WorkerEvent, transferred: readonly ArrayBuffer[] = []): void {
-  port?.postMessage(event, transferred);
+function post(event: WorkerEvent): void {
+  process.send?.(event);
 }
 
 async function answer(network: Network, { id, texts }: WorkerOrder): Promise<void> {
   try {
     const { vectors, refused } = await network.embed(texts);
-    post({ kind: "embedded", id, vectors, refused }, [vectors.buffer]);
+    post({ kind: "embedded", id, vectors, refused });
   } catch (error) {
     post({ kind: "failed", id, reason: oneLine(error) });
   }
 }
 
-async function load(): Promise<Network> {
+async function load({ folder, tokensMax }: WorkerSetup): Promise<Network> {
   const library = await import("@xenova/transformers").catch((error: unknown) => {
     throw new Error(
       `@xenova/transformers is not installed (${oneLine(error)}); \`npm install @xenova/transformers@2.17.2\` brings it`,
@@ -69,74 +69,83 @@ async function load(): Promise<Network> {
   ]).catch((error: unknown) => {
     throw new Error(`the model in ${folder} cannot be loaded: ${oneLine(error)}`);
   });
-  return new Network(tokenizer as Tokenizer, model as Model);
+  const makeTensor: MakeTensor = (data, dims) => new library.Tensor("int64", data, dims);
+  return new Network(tokenizer, model, makeTensor, tokensMax);
 }
 
 class Network {
   readonly #tokenizer: Tokenizer;
   readonly #model: Model;
+  readonly #makeTensor: MakeTensor;
+  readonly #tokensMax: number;
 
-  constructor(tokenizer: Tokenizer, model: Model) {
+  constructor(tokenizer: Tokenizer, model: Model, makeTensor: MakeTensor, tokensMax: number) {
     this.#tokenizer = tokenizer;
     this.#model = model;
+    this.#makeTensor = makeTensor;
+    this.#tokensMax = Math.min(tokensMax, tokenizer.model_max_length ?? tokensMax);
   }
 
   /** Vectors one after another, in the order of the texts that are not refused. */
   async embed(texts: readonly string[]): Promise<{
-    vectors: Float32Array<ArrayBuffer>;
+    vectors: Float32Array;
     refused: Record<number, Refusal>;
   }> {
     const refused: Record<number, Refusal> = {};
-    let inputs = this.#tokens(texts);
-    for (const index of texts.keys()) {
-      const reason = this.#refusal(inputs, index);
-      if (reason !== undefined) refused[index] = reason;
+    const rows: number[][] = [];
+    for (const [index, text] of texts.entries()) {
+      const tokens = this.#tokenizer.encode(text);
+      const reason = this.#refusal(tokens);
+      if (reason === undefined) rows.push(tokens);
+      else refused[index] = reason;
     }
-    const kept = texts.filter((_, index) => refused[index] === undefined);
-    if (kept.length === 0) return { vectors: new Float32Array(), refused };
-    if (kept.length < texts.length) inputs = this.#tokens(kept); // As wide as the longest that is left.
-    const { last_hidden_state: hidden } = await this.#model(inputs);
+    if (rows.length === 0) return { vectors: new Float32Array(), refused };
+    const { last_hidden_state: hidden } = await this.#model(this.#inputsOf(rows));
     if (hidden === undefined || hidden.dims.length !== 3) {
-      throw new Error("its output is not that of a sentence encoder (no last_hidden_state)");
+      throw new Error("the model is no sentence encoder: it puts out no last_hidden_state");
     }
-    return { vectors: meansOf(hidden, inputs.attention_mask), refused };
+    return { vectors: meansOf(hidden, rows), refused };
   }
 
-  #tokens(texts: readonly string[]): Inputs {
-    return this.#tokenizer(texts, { padding: true, truncation: false });
-  }
-
-  #refusal({ input_ids, attention_mask }: Inputs, row: number): Refusal | undefined {
-    const [, width = 0] = input_ids.dims;
-    const { unk_token_id, model_max_length = tokensMax } = this.#tokenizer;
-    let count = 0;
-    let unknown = 0;
-    for (let at = row * width; at < (row + 1) * width; at++) {
-      if (Number(attention_mask.data[at]) === 0) continue;
-      count++;
-      if (Number(input_ids.data[at]) === unk_token_id) unknown++;
-    }
-    if (count > Math.min(tokensMax, model_max_length)) return "too_long";
-    const words = count - 2; // But for the signs of beginning and end.
+  #refusal(tokens: readonly number[]): Refusal | undefined {
+    if (tokens.length > this.#tokensMax) return "too_long";
+    const words = tokens.length - 2; // But for the signs of beginning and end.
+    const unknown = tokens.filter((token) => token === this.#tokenizer.unk_token_id).length;
     return words <= 0 || unknown * 2 > words ? "unknown_words" : undefined;
+  }
+
+  /** As wide as the longest row. */
+  #inputsOf(rows: readonly (readonly number[])[]): { input_ids: Tensor; attention_mask: Tensor } {
+    const width = Math.max(...rows.map((tokens) => tokens.length));
+    const ids = new BigInt64Array(rows.length * width).fill(
+      BigInt(this.#tokenizer.pad_token_id ?? 0),
+    );
+    const mask = new BigInt64Array(rows.length * width);
+    for (const [row, tokens] of rows.entries()) {
+      for (const [at, token] of tokens.entries()) {
+        ids[row * width + at] = BigInt(token);
+        mask[row * width + at] = 1n;
+      }
+    }
+    const dims = [rows.length, width];
+    return {
+      input_ids: this.#makeTensor(ids, dims),
+      attention_mask: this.#makeTensor(mask, dims),
+    };
   }
 }
 
-/** Of each row: the mean over its tokens, scaled to length 1. */
-function meansOf({ data, dims }: Tensor, mask: Tensor): Float32Array<ArrayBuffer> {
-  const [rows = 0, width = 0, dimension = 0] = dims;
-  const vectors = new Float32Array(rows * dimension);
-  for (let row = 0; row < rows; row++) {
+/** Of each row: the mean over its tokens, without the padding, scaled to length 1. */
+function meansOf({ data, dims }: Tensor, rows: readonly (readonly number[])[]): Float32Array {
+  const [, width = 0, dimension = 0] = dims;
+  const vectors = new Float32Array(rows.length * dimension);
+  for (const [row, tokens] of rows.entries()) {
     const vector = vectors.subarray(row * dimension, (row + 1) * dimension);
-    for (let token = row * width; token < (row + 1) * width; token++) {
-      if (Number(mask.data[token]) === 0) continue;
-      const from = token * dimension;
+    for (let token = 0; token < tokens.length; token++) {
+      const from = (row * width + token) * dimension;
       for (let d = 0; d < dimension; d++) vector[d] = (vector[d] ?? 0) + Number(data[from + d]);
     }
-    let squares = 0;
-    for (const value of vector) squares += value * value;
-    const norm = Math.sqrt(squares);
-    for (let d = 0; d < dimension; d++) vector[d] = (vector[d] ?? 0) / norm;
+    normalise(vector);
   }
   return vectors;
 }
@@ -147,13 +156,19 @@ function oneLine(error: unknown): string {
   return (message.split("\n")[0] ?? "").slice(0, 300);
 }
 
-// At the end, where all of the file is there.
-try {
-  const version = `${await modelVersion(folder)}-${METHOD}`;
-  const network = await load();
-  await network.embed(["ready"]); // The first pass is slow, and shows whether the weights fit.
-  port.on("message", (order: WorkerOrder) => void answer(network, order));
-  post({ kind: "ready", version });
-} catch (error) {
-  post({ kind: "unloadable", reason: oneLine(error) });
+async function start(setup: WorkerSetup): Promise<void> {
+  try {
+    const version = `${await modelVersion(setup.folder)}-${METHOD}`;
+    const network = await load(setup);
+    await network.embed(["ready"]); // The first pass is slow, and shows whether the weights fit.
+    process.on("message", (order: WorkerOrder) => void answer(network, order));
+    post({ kind: "ready", version });
+  } catch (error) {
+    post({ kind: "unloadable", reason: oneLine(error) });
+  }
 }
+
+process.once("message", (setup: WorkerSetup) => void start(setup));
+process.on("disconnect", () => process.exit());
+// ^C at a terminal reaches this process, too; the gateway decides when it ends.
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => {});

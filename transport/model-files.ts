@@ -124,13 +124,14 @@ export async function pullModel(
   let revision = "main";
   let fetched = 0;
   for (const file of modelFiles) {
-    const url = `${from.replace(/\/+$/, "")}/${model}/resolve/${revision}/${file}`;
-    const about = await describe(url, options.signal);
+    const urlAt = (commit: string): string =>
+      `${from.replace(/\/+$/, "")}/${model}/resolve/${commit}/${file}`;
+    const about = await describe(urlAt(revision), options.signal);
     if (about.commit !== undefined) revision = about.commit; // All files of one commit.
     const target = join(folder, file);
     if (!(await isWhole(target, about))) {
       await mkdir(dirname(target), { recursive: true });
-      await fetchFile(url, target, about, options, file);
+      await fetchFile(urlAt(revision), target, about, options, file);
       fetched++;
     }
   }

@@ -1,11 +1,16 @@
 /**
- * A sentence model in this process, in a thread of its own (embedder-worker.ts): on the main thread one text would
- * hold up every request for the 5 to 35 ms that the model computes.
+ * A sentence model on this machine, in a process of its own (embedder-worker.ts): on the gateway's own thread one text
+ * would hold up every request for the 5 to 35 ms that the model computes.
  *
- * One thread, with one ONNX thread in it: the process has its cores for other things. A thread that ends, or does not
- * answer for `BATCH_MS_MAX`, is gone with all it had been asked; `open` starts another.
+ * A process and not a worker thread, since the ONNX runtime that the library needs (1.16) keeps references to one
+ * JavaScript environment in static variables: once a thread that has loaded it ends, no other thread of the process
+ * can load it, and where two threads have, the end of either corrupts the heap and takes the gateway down. A process
+ * may crash in native code, be killed for its memory, or hang; what it was asked fails, and `open` starts another.
+ * The price is some 40 MB, and the copying of a vector.
+ *
+ * It runs one ONNX thread, so that it takes one core at most. It ends with its gateway, however that ends.
  */
-import { Worker } from "node:worker_threads";
+import { type ChildProcess, fork } from "node:child_process";
 import { type EmbedderBackend, EmbedderError, type TextVector } from "./embedder-backend.ts";
 import { findModel } from "./model-files.ts";
 
@@ -18,7 +23,7 @@ export type TransformerOptions = {
   tokensMax: number;
 };
 
-/** What the thread is started with. */
+/** The first message to the process. */
 export type WorkerSetup = { folder: string; tokensMax: number };
 
 export type WorkerOrder = { id: number; texts: readonly string[] };
@@ -39,7 +44,7 @@ export type WorkerEvent =
 
 /** Loading 118 MB takes 1.5 s, on a slow and busy disk many times that. */
 const LOAD_MS_MAX = 120_000;
-/** 8 texts of 128 tokens take some 0.3 s; beyond this the thread hangs. */
+/** 8 texts of 128 tokens take some 0.3 s; beyond this the process hangs. */
 const BATCH_MS_MAX = 30_000;
 
 type Pending = {
@@ -51,40 +56,39 @@ type Pending = {
 
 export class TransformerBackend implements EmbedderBackend {
   readonly batchesMax = 1;
-  readonly #model: string | undefined;
-  readonly #path: string | undefined;
-  readonly #tokensMax: number;
+  readonly #options: TransformerOptions;
   readonly #workerUrl: URL;
-  #worker: Worker | null = null;
+  #worker: ChildProcess | null = null;
   #nextId = 1;
   readonly #pending = new Map<number, Pending>();
 
   /** @param workerUrl of the built embedder-worker; another one takes its place in tests. */
   constructor(
-    { model, path, tokensMax }: TransformerOptions,
+    options: TransformerOptions,
     workerUrl: URL = new URL("./embedder-worker.js", import.meta.url),
   ) {
-    this.#model = model;
-    this.#path = path;
-    this.#tokensMax = tokensMax;
+    this.#options = options;
     this.#workerUrl = workerUrl;
   }
 
   async open(): Promise<{ id: string; version: string }> {
     await this.close();
-    const { folder, model } = findModel(this.#path, this.#model);
-    const setup: WorkerSetup = { folder, tokensMax: this.#tokensMax };
-    // Whatever libraries print is not for our log: it may quote texts.
-    const worker = new Worker(this.#workerUrl, { workerData: setup, stdout: true, stderr: true });
-    worker.stdout.resume();
-    worker.stderr.resume();
+    const { path, tokensMax } = this.#options;
+    const { folder, model } = findModel(path, this.#options.model);
+    const worker = fork(this.#workerUrl, [], {
+      execArgv: [],
+      env: withoutSecrets(process.env),
+      serialization: "advanced", // Vectors as they are.
+      stdio: ["ignore", "ignore", "ignore", "ipc"], // Whatever libraries print may quote texts.
+    });
     this.#worker = worker;
-    const version = await this.#untilReady(worker, folder);
-    worker.unref(); // It keeps no process alive but while it works.
+    const version = await this.#untilReady(worker, { folder, tokensMax });
+    this.#keepAlive(false);
+    worker.unref();
     return { id: `transformers:${model}`, version };
   }
 
-  #untilReady(worker: Worker, folder: string): Promise<string> {
+  #untilReady(worker: ChildProcess, setup: WorkerSetup): Promise<string> {
     return new Promise((resolve, reject) => {
       const lost = (kind: "gone" | "lasting", reason: string): void => {
         clearTimeout(timer);
@@ -92,7 +96,7 @@ export class TransformerBackend implements EmbedderBackend {
         reject(new EmbedderError(kind, reason));
       };
       const timer = setTimeout(
-        () => lost("gone", `the model in ${folder} was not loaded in ${LOAD_MS_MAX / 1000} s`),
+        () => lost("gone", `the model was not loaded in ${LOAD_MS_MAX / 1000} s`),
         LOAD_MS_MAX,
       );
       worker.on("message", (event: WorkerEvent) => {
@@ -102,25 +106,29 @@ export class TransformerBackend implements EmbedderBackend {
         } else if (event.kind === "unloadable") lost("lasting", event.reason);
         else this.#onAnswer(event);
       });
-      worker.on("error", (error) => lost("gone", `the embedder's thread failed: ${error.message}`));
-      worker.on("exit", () => lost("gone", "the embedder's thread ended"));
+      worker.on("error", (error) => lost("gone", `the embedder's process: ${error.message}`));
+      worker.on("exit", (code, signal) =>
+        lost("gone", `the embedder's process ended (${signal ?? `exit code ${code}`})`),
+      );
+      worker.send(setup);
     });
   }
 
   embed(texts: readonly string[]): Promise<readonly TextVector[]> {
     const worker = this.#worker;
-    if (worker === null) {
-      return Promise.reject(new EmbedderError("gone", "the embedder's thread is not there"));
+    if (worker === null || !worker.connected) {
+      return Promise.reject(new EmbedderError("gone", "the embedder's process is not there"));
     }
     const id = this.#nextId++;
     return new Promise((resolve, reject) => {
       const timer = setTimeout(
-        () => this.#lose(worker, `the embedder's thread hangs since ${BATCH_MS_MAX / 1000} s`),
+        () => this.#lose(worker, `the embedder's process hangs since ${BATCH_MS_MAX / 1000} s`),
         BATCH_MS_MAX,
       );
       this.#pending.set(id, { count: texts.length, resolve, reject, timer });
-      worker.ref();
-      worker.postMessage({ id, texts } satisfies WorkerOrder);
+      this.#keepAlive(true);
+      // Written while the process ends, it is lost; "exit" tells all that wait.
+      worker.send({ id, texts } satisfies WorkerOrder, () => {});
     });
   }
 
@@ -129,7 +137,7 @@ export class TransformerBackend implements EmbedderBackend {
     if (pending === undefined) return;
     clearTimeout(pending.timer);
     this.#pending.delete(event.id);
-    if (this.#pending.size === 0) this.#worker?.unref();
+    if (this.#pending.size === 0) this.#keepAlive(false);
     if (event.kind === "failed") return pending.reject(new EmbedderError("passing", event.reason));
     const { vectors, refused } = event;
     const dimension = vectors.length / (pending.count - Object.keys(refused).length);
@@ -143,8 +151,14 @@ export class TransformerBackend implements EmbedderBackend {
     pending.resolve(results);
   }
 
-  /** Once for each thread. */
-  #lose(worker: Worker, reason: string): void {
+  /** A script that uses the library ends by itself, but not while a text is on its way. */
+  #keepAlive(does: boolean): void {
+    if (does) this.#worker?.channel?.ref();
+    else this.#worker?.channel?.unref();
+  }
+
+  /** Once for each process. */
+  #lose(worker: ChildProcess, reason: string): void {
     if (worker !== this.#worker) return;
     this.#worker = null;
     for (const { reject, timer } of this.#pending.values()) {
@@ -152,13 +166,19 @@ export class TransformerBackend implements EmbedderBackend {
       reject(new EmbedderError("gone", reason));
     }
     this.#pending.clear();
-    void worker.terminate();
+    worker.kill("SIGKILL"); // It holds nothing that could be lost.
   }
 
   async close(): Promise<void> {
     const worker = this.#worker;
     if (worker === null) return;
+    const ended = new Promise<void>((resolve) => worker.once("exit", () => resolve()));
     this.#lose(worker, "the embedder was closed");
-    await worker.terminate();
+    if (worker.exitCode === null && worker.signalCode === null) await ended;
   }
+}
+
+/** The process needs no key of ours. */
+function withoutSecrets(env: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
+  return Object.fromEntries(Object.entries(env).filter(([name]) => !name.startsWith("HEADRACE_")));
 }
