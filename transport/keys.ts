@@ -4,7 +4,7 @@
  */
 import { hash } from "node:crypto";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { Limits, Priority } from "../actors/protocol.ts";
+import type { Limits, Priority, SemanticPolicy } from "../actors/protocol.ts";
 import { limitsOf, type Options } from "./options.ts";
 
 export type Tenant = {
@@ -17,6 +17,8 @@ export type Tenant = {
   priority: Priority;
   /** Models the key may use; absent = all. */
   models?: readonly string[];
+  /** How its questions are matched by meaning, where that differs from everyone's. */
+  semantic?: Partial<Omit<SemanticPolicy, "mode">> & { mode?: SemanticPolicy["mode"] | "off" };
 };
 
 export class KeyTable {
@@ -33,6 +35,7 @@ export class KeyTable {
         weight: key.weight,
         priority: key.priority,
         ...(key.models === undefined ? {} : { models: key.models }),
+        ...(key.semantic === undefined ? {} : { semantic: key.semantic }),
       });
     }
     this.#local =
