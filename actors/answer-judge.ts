@@ -17,7 +17,11 @@ const CHARS_MAX = 32_768;
 const decoder = new TextDecoder();
 
 /** Bodies of chat answers as nodes send them; undefined when one is no such answer, or is too long to be judged. */
-export function sameAnswer(left: Uint8Array, right: Uint8Array, judge: JudgeName): boolean | undefined {
+export function sameAnswer(
+  left: Uint8Array,
+  right: Uint8Array,
+  judge: JudgeName,
+): boolean | undefined {
   const texts = [textOf(left), textOf(right)];
   const [one, other] = texts.map((text) => (text === undefined ? undefined : wordsOf(text)));
   if (one === undefined || other === undefined) return undefined;
@@ -47,7 +51,10 @@ function textOf(body: Uint8Array): string | undefined {
 /** Latin and other spaced words; of scripts without spaces each character. */
 function wordsOf(text: string): string[] {
   const folded = text.normalize("NFKC").toLowerCase();
-  return folded.match(/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]|[\p{L}\p{M}\p{N}]+/gu) ?? [];
+  return (
+    folded.match(/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]|[\p{L}\p{M}\p{N}]+/gu) ??
+    []
+  );
 }
 
 /** 2·common ÷ (words of both), counted with repetition; 1 for two texts without words. */

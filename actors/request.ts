@@ -426,7 +426,8 @@ export class RequestActor implements Actor<RequestMessage> {
     if (request?.phase !== "matching" || request.match === null) return;
     const { facts, match } = request;
     if (!outcome.ok || outcome.value.kind === "unavailable") {
-      const why = outcome.ok && outcome.value.kind === "unavailable" ? outcome.value.reason : "late";
+      const why =
+        outcome.ok && outcome.value.kind === "unavailable" ? outcome.value.reason : "late";
       match.says = `no vector: ${why}`;
       return this.#admit(request, context);
     }

@@ -125,7 +125,12 @@ const entryPattern = /^[0-9a-f]{27}$/;
 /** Requests made to judge hits, at once; more hits go unjudged. */
 const JUDGING_MAX = 4;
 /** Judging is our own wish: it costs a tenant none of its allowance, and waits behind all others. */
-const judgeTenant = { limitKey: "headrace-judge", limits: {}, weight: 0.01, priority: "batch" } as const;
+const judgeTenant = {
+  limitKey: "headrace-judge",
+  limits: {},
+  weight: 0.01,
+  priority: "batch",
+} as const;
 const requestIdPattern = /^[A-Za-z0-9._-]{1,128}$/;
 
 export class Front implements Actor<FrontCommand> {

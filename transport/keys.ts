@@ -18,7 +18,11 @@ export type Tenant = {
   /** Models the key may use; absent = all. */
   models?: readonly string[];
   /** How its questions are matched by meaning, where that differs from everyone's. */
-  semantic?: Partial<Omit<SemanticPolicy, "mode">> & { mode?: SemanticPolicy["mode"] | "off" };
+  semantic?: TenantSemantic;
+};
+
+type TenantSemantic = Partial<Omit<SemanticPolicy, "mode">> & {
+  mode?: SemanticPolicy["mode"] | "off";
 };
 
 export class KeyTable {
@@ -35,7 +39,7 @@ export class KeyTable {
         weight: key.weight,
         priority: key.priority,
         ...(key.models === undefined ? {} : { models: key.models }),
-        ...(key.semantic === undefined ? {} : { semantic: key.semantic }),
+        semantic: semanticOf(key),
       });
     }
     this.#local =
@@ -62,4 +66,8 @@ export class KeyTable {
     for (const entry of this.#byHash.values()) if (entry.tenant === tenant) return entry;
     return undefined;
   }
+}
+
+function semanticOf({ semantic: { strict, ...rest } }: Options["keys"][number]): TenantSemantic {
+  return { ...rest, ...(strict === undefined ? {} : { isStrict: strict }) };
 }

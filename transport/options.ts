@@ -168,6 +168,8 @@ const node = group("One inference node.", "live", {
   name: name ?? nodeAddress(url),
 }));
 
+const semanticModes = ["off", "shadow", "fixed", "verified"] as const;
+
 const key = group("One API key.", "live", {
   key: text({
     doc: "The key itself; only its hash is kept. Give this or keySha256.",
@@ -195,6 +197,16 @@ const key = group("One API key.", "live", {
   models: models("Models it may use; unset = all.").exactOptional(),
   limits: limitsGroup(
     "What this key may use; a field left out falls back to defaultLimits.",
+  ).prefault({}),
+  semantic: group(
+    "Matching by meaning for this key; what is left out is as in cache.semantic.",
+    "live",
+    {
+      mode: choice(semanticModes, "As cache.semantic.mode.").exactOptional(),
+      similarityMin: ratio([0.5, 1], "As cache.semantic.similarityMin.").exactOptional(),
+      errorRateMax: ratio([0.001, 0.5], "As cache.semantic.errorRateMax.").exactOptional(),
+      strict: boolean("As cache.semantic.strict.").exactOptional(),
+    },
   ).prefault({}),
   weight: number([0.01, 100], "Share of this tenant against others while requests wait.").default(
     1,
@@ -461,7 +473,7 @@ const schema = group("All options.", "restart", {
     ),
     semantic: group("Answers to the same question in other words.", "restart", {
       mode: choice(
-        ["off", "shadow", "fixed", "verified"],
+        semanticModes,
         "shadow = compare what would be served with the real answer, serve none; fixed = serve at similarityMin; " +
           "verified = serve where judged answers bound the error by errorRateMax. Needs an embedder.",
       ).default("fixed"),
@@ -492,9 +504,10 @@ const schema = group("All options.", "restart", {
         [0, 1],
         "Share of hits for which a node is asked as well, to judge them; costs its tokens.",
       ).default(0.02),
-      matchMs: ms([1, 10_000], "Vector and search in all; then the request goes on without.").default(
-        50,
-      ),
+      matchMs: ms(
+        [1, 10_000],
+        "Vector and search in all; then the request goes on without.",
+      ).default(50),
       ttlMs: ms([1000, 2_592_000_000], "How long an answer is kept for other wordings.").default(
         3_600_000,
       ),
@@ -853,7 +866,7 @@ function* brokenRelations(options: Options, kept: Kept): Generator<Relation> {
   yield* brokenNodes(options, kept);
   yield* brokenKeys(options, kept);
   yield* brokenCache(options);
-  yield* brokenEmbedder(options);
+  yield* brokenSemantic(options);
   yield* brokenWarmup(options);
 }
 
@@ -1035,8 +1048,14 @@ function* brokenCache({ cache: { redis } }: Options): Generator<Relation> {
   }
 }
 
-function* brokenEmbedder({ cache }: Options): Generator<Relation> {
-  const { embedder } = cache.semantic;
+function* brokenSemantic({ cache }: Options): Generator<Relation> {
+  const { embedder, index } = cache.semantic;
+  if (index !== "actors" && cache.redis === undefined) {
+    yield {
+      paths: ["cache.semantic.index", "cache.redis"],
+      message: `is ${index}, but no Redis is configured`,
+    };
+  }
   const at = "cache.semantic.embedder";
   if (embedder.type === "http") {
     for (const field of ["url", "model"] as const) {
