@@ -311,9 +311,9 @@ export class Front implements Actor<FrontCommand> {
     const embedder = this.#deps.embedder();
     const { semantic } = this.#options;
     if (semantic === undefined || embedder === undefined) return undefined;
-    const { mode, ...own } = tenant.semantic ?? {};
-    const policy = { ...semantic.policy, ...own, ...(mode === "off" ? {} : { mode }) };
+    const { mode = semantic.policy.mode, ...own } = tenant.semantic ?? {};
     if (mode === "off" || temperature > semantic.temperatureMax) return undefined;
+    const policy = { ...semantic.policy, ...own, mode };
     const wished = incoming.header("x-headrace-similarity");
     if (wished !== undefined) {
       const least = Number(wished);

@@ -523,7 +523,7 @@ const schema = group("All options.", "restart", {
         type: choice(
           ["off", "lexical", "transformers", "http"],
           "off = only equal questions hit; lexical = built in, knows words but no meaning; " +
-            "transformers = a model in this process; http = a /v1/embeddings endpoint.",
+            "transformers = a model on this machine; http = a /v1/embeddings endpoint.",
         ).default("off"),
         model: text({
           doc: `The model; unset with transformers = ${EMBEDDER_MODEL}; http needs it.`,
