@@ -1,4 +1,5 @@
 /** Values of flags that several commands read: numbers, times, the gateway's options, and how to write a flag back. */
+import { writeFileSync } from "node:fs";
 import { ConfigError, type FlagSetting, loadConfig } from "../transport/config.ts";
 import type { Options, OptionsInput } from "../transport/options.ts";
 
@@ -28,6 +29,16 @@ export function durationUs(flag: string, text: string): number {
   throw new FlagError(
     `${flag} is ${JSON.stringify(text)}; it must be a time like 90, 90s, 15m, 2h or 1d`,
   );
+}
+
+/** Writes what a flag asks for to its file. Throws FlagError. */
+export function writeFlagFile(flag: string, file: string, text: string): void {
+  try {
+    writeFileSync(file, text);
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new FlagError(`${flag} ${file}: ${reason}`);
+  }
 }
 
 /** For a POSIX shell. */

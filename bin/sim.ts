@@ -41,6 +41,7 @@ import {
   type SimulatedOptions,
   simulatedOptions,
 } from "./flag-values.ts";
+import { articleCommand } from "./sim-article.ts";
 
 type Flags = {
   trace?: string;
@@ -126,6 +127,8 @@ export function simCommand(): Command {
   command.exitOverride(({ code, exitCode }) => {
     process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
   });
+  // Flags after `article` are its own, not these.
+  command.enablePositionalOptions().addCommand(articleCommand());
   return command.action((flags: Flags) => run(flags, command));
 }
 

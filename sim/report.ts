@@ -182,7 +182,7 @@ function latencyLines({ ttftMs, tpotMs, e2eMs, queueMs }: SimulationReport): str
       ? ["–", "–", "–", "–", "–"]
       : [summary.mean, summary.p50, summary.p90, summary.p99, summary.max].map(durationText)),
   ];
-  return table([
+  return textTable([
     ["", "mean", "p50", "p90", "p99", "max"],
     row("TTFT", ttftMs),
     row("TPOT", tpotMs),
@@ -240,7 +240,7 @@ function nodeLines({ nodes, gateways }: SimulationReport): string[] {
       ? []
       : [`gateways   ${gateways.map(({ name, requests }) => `${name} ${requests}`).join(", ")}`];
   const head = ["node", "attempts", "share", "busy", "KV peak", "preempted", "ejected"];
-  return [...table([head, ...rows]), ...more, ...spread];
+  return [...textTable([head, ...rows]), ...more, ...spread];
 }
 
 const bars = " ▁▂▃▄▅▆▇█";
@@ -272,7 +272,7 @@ function timelineLines(series: SimulationSeries): string[] {
   const marks = series.marks.slice(0, 20).map(({ atMs, text }) => `${durationText(atMs)} ${text}`);
   return [
     `over time, 0 to ${durationText(seconds * 1000)}`,
-    ...table(rows),
+    ...textTable(rows),
     ...(marks.length === 0 ? [] : [`marks      ${marks.join("; ")}`]),
     "",
   ];
@@ -338,15 +338,15 @@ export function formatComparison(reports: readonly SimulationReport[]): string {
   });
   add("verdict", ({ verdict }) => verdict);
   add("hash", ({ hash }) => hash);
-  return `${table(rows).join("\n")}\n`;
+  return `${textTable(rows).join("\n")}\n`;
 }
 
 function percent(share: number): string {
   return `${(share * 100).toFixed(1)} %`;
 }
 
-/** Columns, the first to the left, the others to the right. */
-function table(rows: readonly (readonly string[])[]): string[] {
+/** Lines of columns, the first to the left, the others to the right. */
+export function textTable(rows: readonly (readonly string[])[]): string[] {
   const widths: number[] = [];
   for (const row of rows) {
     row.forEach((cell, index) => {
