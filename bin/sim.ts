@@ -42,6 +42,7 @@ import {
   simulatedOptions,
 } from "./flag-values.ts";
 import { articleCommand } from "./sim-article.ts";
+import { decisionsCommand } from "./sim-decisions.ts";
 
 type Flags = {
   trace?: string;
@@ -127,8 +128,9 @@ export function simCommand(): Command {
   command.exitOverride(({ code, exitCode }) => {
     process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
   });
-  // Flags after `article` are its own, not these.
-  command.enablePositionalOptions().addCommand(articleCommand());
+  // Flags after a subcommand are its own, not these.
+  command.enablePositionalOptions();
+  command.addCommand(articleCommand()).addCommand(decisionsCommand());
   return command.action((flags: Flags) => run(flags, command));
 }
 
