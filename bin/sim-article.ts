@@ -6,12 +6,12 @@
  */
 import { Command } from "commander";
 import { articleReport, formatArticle } from "../sim/article.ts";
-import { FlagError, writeFlagFile } from "./flag-values.ts";
+import { endWithTwo, FlagError, writeFlagFile } from "./flag-values.ts";
 
 type Flags = { seed: string; json?: string };
 
 export function articleCommand(): Command {
-  return new Command("article")
+  return endWithTwo(new Command("article"))
     .description("the article's two tables, its figures beside ours (about a minute)")
     .option("--seed <text>", "the same seed gives the same figures", "1")
     .option("--json <file>", "write the report there as well")

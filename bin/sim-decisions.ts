@@ -9,12 +9,12 @@ import { createInterface } from "node:readline";
 import { Command } from "commander";
 import type { RouterChoice } from "../actors/router-log.ts";
 import { DecisionLogError, DecisionReplay, type DecisionReport } from "../sim/decision-replay.ts";
-import { FlagError, writeFlagFile } from "./flag-values.ts";
+import { endWithTwo, FlagError, fileProblem, writeFlagFile } from "./flag-values.ts";
 
 type Flags = { json?: string };
 
 export function decisionsCommand(): Command {
-  return new Command("decisions")
+  return endWithTwo(new Command("decisions"))
     .description("replay the log of a live router (record.decisions): are its choices the same?")
     .argument("<file>", "decision log")
     .option("--json <file>", "write the report there as well")
@@ -50,7 +50,7 @@ async function replayed(file: string): Promise<DecisionReport> {
     }
   } catch (error) {
     if (error instanceof DecisionLogError || !isFileError(error)) throw error;
-    throw new FlagError(error.message);
+    throw new FlagError(fileProblem(error));
   }
   if (last?.endsWith("}") === true) replay.add(last);
   return replay.report();

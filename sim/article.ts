@@ -16,7 +16,7 @@
 import type { OptionsInput } from "../transport/options.ts";
 import { lawByName, rawStepUs, type StepLaw } from "./laws.ts";
 import { generateLoad } from "./load-generators.ts";
-import { textTable } from "./report.ts";
+import { cacheHits, textTable } from "./report.ts";
 import { SimilarityClasses } from "./semantic-model.ts";
 import { type SimulatedNode, Simulation, type SimulationResult } from "./simulator.ts";
 import { durationText, percentText } from "./slo.ts";
@@ -269,7 +269,7 @@ function runOf({ name, options, threshold, count, load, seed, seconds }: RunSpec
 function figuresOf(result: SimulationResult) {
   const { counts, cache, e2eUs, wrongHits } = result;
   const shareOf = (part: number) => (counts.arrived === 0 ? 0 : part / counts.arrived);
-  const hits = (cache.hit_exact ?? 0) + (cache.hit_semantic ?? 0) + (cache.joined ?? 0);
+  const hits = cacheHits(cache);
   return {
     requests: counts.arrived,
     hitShare: shareOf(hits),
