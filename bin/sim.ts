@@ -124,8 +124,7 @@ export function simCommand(): Command {
     .option("--explain <id>", "print the whole story of one request: r1, r2 …")
     .option("--json <file>", "write the report there as well")
     .option("--html <file>", "write the report there as one page with plots");
-  // Flags after a subcommand are its own, not these.
-  command.enablePositionalOptions();
+  command.enablePositionalOptions(); // As bin/headrace.ts does, for the level below.
   command.addCommand(articleCommand()).addCommand(decisionsCommand());
   return command.action((flags: Flags) => run(flags, command));
 }

@@ -26,6 +26,8 @@ const PER_SECOND = 8;
 const SECONDS = 100;
 const SEEDS = [1, 2, 3, 4, 5];
 const SHARE_MAX = 0.1;
+/** Of an idle machine: below 5 ms. What holds up the client as long as this holds up gateway and nodes, too. */
+const LATE_MS_MAX = 20;
 
 const command = fileURLToPath(new URL("../../bin/headrace.js", import.meta.url));
 const stack = new Stack();
@@ -112,11 +114,13 @@ async function run(): Promise<boolean> {
     detail: `live ${replayed.ok}, simulated ${counts?.completed ?? 0} of ${requests}`,
   });
   const isMet = printRows(rows);
-  const lateMs = replayed.latenessMs;
+  const lateMs = replayed.latenessMs?.p99 ?? 0;
   console.log(
-    `requests left late by p50 ${lateMs?.p50.toFixed(1)} ms, p99 ${lateMs?.p99.toFixed(1)} ms; load average ${loadavg()[0]?.toFixed(1)}`,
+    `requests left late by p99 ${lateMs.toFixed(1)} ms; load average ${loadavg()[0]?.toFixed(1)}`,
   );
-  console.log(isMet ? "PASS" : "FAIL");
+  const isHeldUp = lateMs > LATE_MS_MAX;
+  const excuse = "; but the machine held up this very client: run it again on a quieter one";
+  console.log(isMet ? "PASS" : `FAIL${isHeldUp ? excuse : ""}`);
   return isMet;
 }
 
