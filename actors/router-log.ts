@@ -32,6 +32,7 @@ export type RouterLogEvent =
   | { kind: "router.log_started" }
   | { kind: "router.turn"; atMs: number; message: RouterMessage; choices: readonly RouterChoice[] };
 
+/** A router, or what stands for one, whose turns are told as `RouterLogEvent`s. Never throws by itself. */
 export class LoggedRouter implements Actor<RouterMessage> {
   readonly #router: Actor<RouterMessage>;
 
