@@ -18,6 +18,8 @@ await new Command("headrace")
     "Brings LLM requests to self-hosted GPUs: cache, limits, routing by live state, retry.",
   )
   .version(manifest.version)
+  // A flag belongs to the command that it follows: `sim article --seed 2` is not `sim --seed 2`.
+  .enablePositionalOptions()
   .addCommand(serveCommand())
   .addCommand(demoCommand())
   .addCommand(nodeCommand())

@@ -279,7 +279,7 @@ class Attempt {
           "the connection was reset",
         );
       case "refused_never_fits":
-        return this.#failWithStatus(400);
+        return this.#fail("client_error", "prompt and max_tokens exceed the KV memory", 400);
       default:
         return unreachable(event);
     }

@@ -56,6 +56,7 @@ import { KV_BLOCK_TOKENS, type StepLaw } from "./laws.ts";
 import { Network, type NetworkOptions, networkDefaults, type Peer } from "./network.ts";
 import { NodeHost, type NodeTotals, noFaults, type SharedFault } from "./node-host.ts";
 import { type Measured, type OutcomeCounts, RunBooks, type SimulationSeries } from "./run-books.ts";
+import type { Found, SemanticLookup } from "./semantic-model.ts";
 import type { Slo } from "./slo.ts";
 import type { RunEvidence } from "./statistics.ts";
 import type { TraceRequest } from "./trace-rows.ts";
@@ -105,6 +106,8 @@ export type SimulationSpec = {
   network?: Partial<NetworkOptions>;
   /** With the shared store behind the caches; default: when the options name a Redis. */
   hasStore?: boolean;
+  /** A modelled lookup by meaning before the cache; one gateway only, since it knows of one cache. */
+  semantic?: SemanticLookup;
   /** For `attainment`; latency limits only. */
   slo?: Slo;
   /** By arrival; default: everything. */
@@ -152,6 +155,8 @@ export type SimulationResult = {
   attainment?: number;
   /** Requests by the cache's part in them. */
   cache: Readonly<Record<string, number>>;
+  /** Of the hits by meaning, those that another answer would have been right for; only a model can know. */
+  wrongHits: number;
   attempts: number;
   retries: number;
   clientRetries: number;
@@ -218,6 +223,8 @@ type Client = {
   patience: TimerHandle | undefined;
   isFollowing: boolean;
   retryAfterMs: number | undefined;
+  /** What the lookup by meaning has found for it. */
+  readonly found: Found | undefined;
 };
 
 export class Simulation {
@@ -249,6 +256,7 @@ export class Simulation {
   #lastAtUs = 0;
   #isDraining = false;
   #clientRetries = 0;
+  #wrongHits = 0;
   #retriesPending = 0;
   #lateAttaches = 0;
   #lastId = 0;
@@ -267,6 +275,11 @@ export class Simulation {
     if (spec.nodes.length < 1 || spec.nodes.length > NODES_MAX) {
       throw new SimulationError(
         `${spec.nodes.length} nodes are given; accepted: 1 to ${NODES_MAX}`,
+      );
+    }
+    if (spec.semantic !== undefined && gateways > 1) {
+      throw new SimulationError(
+        `a lookup by meaning is given with ${gateways} gateways; it knows of one cache, so accepted is 1`,
       );
     }
     const seed = spec.seed ?? 1;
@@ -408,6 +421,7 @@ export class Simulation {
       this.#books.lost(nowUs, "no_gateway");
       return;
     }
+    const { semantic } = this.#spec;
     const client: Client = {
       requestId,
       request,
@@ -417,6 +431,7 @@ export class Simulation {
       patience: undefined,
       isFollowing: false,
       retryAfterMs: undefined,
+      found: semantic?.find(request),
     };
     this.#clients.set(requestId, client);
     const { patienceMs } = this.#spec.clients ?? {};
@@ -425,8 +440,15 @@ export class Simulation {
         process.clientLeft(requestId),
       );
     }
-    const facts = this.#facts(request, requestId);
-    process.submit(facts, bodyOf(request, facts));
+    // The cache answers to a near question's key as it does to that question.
+    const { found } = client;
+    const asked = found === undefined ? request : { ...request, question: found.question };
+    const facts = this.#facts(asked, requestId);
+    const submit = () => process.submit(facts, bodyOf(request, facts));
+    if (semantic === undefined) return submit();
+    this.clock.schedule(semantic.lookupUs, () => {
+      if (this.#clients.has(requestId)) submit();
+    });
   }
 
   /** Any process that is up; undefined when none is. */
@@ -524,15 +546,28 @@ export class Simulation {
     if (client.patience !== undefined) this.clock.cancel(client.patience);
   }
 
-  #onFinished(record: RequestRecord, root: string): void {
-    const { requestId } = record.facts;
+  #onFinished(ended: RequestRecord, root: string): void {
+    const { requestId } = ended.facts;
     const client = this.#clients.get(requestId);
+    const record = client === undefined ? ended : this.#withMeaning(ended, client);
     this.#spec.onRecord?.(record, root);
     if (requestId === this.#spec.explain) this.#explained = record;
     if (client === undefined) return; // It went down with its gateway, as far as its client knows.
     this.#books.ended(client.arrivedUs, record);
     this.#close(client);
     if (record.outcome === "refused" || record.outcome === "failed") this.#askAgain(client);
+  }
+
+  /** Tells the lookup by meaning of a stored answer, and the record whose words were answered. */
+  #withMeaning(record: RequestRecord, { request, found, arrivedUs }: Client): RequestRecord {
+    const isOther = found !== undefined && found.question !== request.question;
+    if (!isOther) {
+      if (record.stored === true) this.#spec.semantic?.stored(request);
+      return record;
+    }
+    if (record.cache !== "hit_exact") return record;
+    if (found.isWrong && this.#books.isMeasured(arrivedUs)) this.#wrongHits++;
+    return { ...record, cache: "hit_semantic" };
   }
 
   #askAgain({ request, requestId, tries, retryAfterMs }: Client): void {
@@ -783,6 +818,7 @@ export class Simulation {
       queueUs: books.queueUs,
       ...(attainment === undefined ? {} : { attainment }),
       cache: Object.fromEntries(books.cache),
+      wrongHits: this.#wrongHits,
       attempts: books.attempts,
       retries: books.retries,
       clientRetries: this.#clientRetries,

@@ -522,6 +522,10 @@ const schema = group("All options.", "restart", {
       doc: "File to append to, one JSON object a line.",
       accepted: "a path",
     }).exactOptional(),
+    decisions: text({
+      doc: "File for all that the router sees and chooses, written anew: for `headrace sim decisions`. Large.",
+      accepted: "a path",
+    }).exactOptional(),
   }).prefault({}),
 
   log: group("The log.", "live", {
