@@ -691,7 +691,10 @@ export class FrontModel implements Actor<FrontCommand> {
         return;
       case "front.requests_lost":
         // The first one tells only that the request actor has started.
-        if (this.#requestsStarted) this.#clients.onRequestsLost();
+        if (this.#requestsStarted) {
+          this.#clients.onRequestsLost();
+          this.#data.clear();
+        }
         this.#requestsStarted = true;
         return;
       default:

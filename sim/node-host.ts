@@ -237,7 +237,12 @@ export class NodeHost {
     if (this.#faults.isHung) this.#model.hang(nowUs);
   }
 
-  /** Throws an Error that names the first broken invariant of the engine. */
+  /** Throws an Error that names the first broken invariant of the engine as it stands. */
+  checkEngine(): void {
+    this.#model.assertInvariants();
+  }
+
+  /** Runs the engine to now, and does the same. */
   assertInvariants(): void {
     this.#settle();
     this.#model.assertInvariants();

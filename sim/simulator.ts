@@ -162,8 +162,6 @@ export type Instruments = {
   /** All clients of a gateway lost their requests: `gateway_down`, or `internal` at a restart of its requests. */
   onClientsLost?: (gateway: string, code: string) => void;
   onEvent?: (event: SystemEvent | RuntimeEvent, gateway: string) => void;
-  /** A fault begins, or is over. */
-  onFault?: (fault: Fault, isOver: boolean) => void;
   nodes?: NodeObserver;
   makeNodeModel?: MakeNodeModel;
 };
@@ -406,6 +404,18 @@ export class Simulation {
     }
     for (const { arrivedUs } of this.#clients.values()) this.#books.unfinished(arrivedUs);
     return this.#result();
+  }
+
+  /** The client goes away, if its request is still open. */
+  leave(requestId: string): void {
+    const client = this.#clients.get(requestId);
+    if (client !== undefined) this.#clientLeaves(client);
+  }
+
+  /** A connection from the gateway to the node, or to the process that has its actor, could be made. */
+  isReachable(gateway: string, node: string): boolean {
+    const process = this.#processes.find(({ root }) => root === gateway);
+    return process?.isUp === true && process.ways.isOpen(node) && process.reaches(node);
   }
 
   /** Runs up to `atUs` of the load's time, as far as it is not past. */
@@ -759,7 +769,6 @@ export class Simulation {
   #begin(fault: Fault): void {
     this.#books.mark(this.nowUs, subjectText(fault));
     this.#activeFaults.add(fault);
-    this.#spec.instruments?.onFault?.(fault, false);
     switch (fault.kind) {
       case "crash":
         return this.#nodeOf(fault.node)?.crash();
@@ -790,7 +799,6 @@ export class Simulation {
   #end(fault: Fault): void {
     this.#books.mark(this.nowUs, `end of ${subjectText(fault)}`);
     this.#activeFaults.delete(fault);
-    this.#spec.instruments?.onFault?.(fault, true);
     switch (fault.kind) {
       case "crash": {
         const isStillDown = this.#active("crash").some(({ node }) => node === fault.node);
@@ -1085,6 +1093,12 @@ class GatewayProcess implements Peer {
     if (this.#life === undefined) return;
     this.#alive.add(root);
     this.#replaceNodes();
+  }
+
+  /** The actor of the node is here, or in a process that it is connected to. */
+  reaches(node: NodeId): boolean {
+    const owner = this.#ownerOf(node);
+    return owner === this.root || this.#world.isConnected(owner);
   }
 
   /** Takes and gives node actors as the processes alive ask for. */
