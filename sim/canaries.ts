@@ -207,11 +207,11 @@ const made = {
   },
   "actor-throws": {
     breaks: "no-crash",
-    bug: "the router throws at a client that leaves",
+    bug: "the request actor throws at a client that leaves",
     plant: () =>
-      around("router", {
+      around("requests", {
         receive: (message) => {
-          if (message.kind === "router.cancel") throw new TypeError("choice is undefined");
+          if (message.kind === "request.client_left") throw new TypeError("request is undefined");
           return message;
         },
       }),

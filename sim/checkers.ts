@@ -98,6 +98,8 @@ const LEASE_TTL_US = 30_000_000;
 /** How long work may wait beside an idle node: while leases of the dead may still be held, and else. */
 const IDLE_US_MAX = 40_000_000;
 const IDLE_US_MAX_QUIET = 2_000_000;
+/** A deadline shorter than this may pass on a well but slow node. */
+const SERVED_MS_MIN = 5000;
 const DETAIL_MAX = 300;
 
 type KnownMail =
@@ -558,11 +560,13 @@ export class Checkers {
 
   /** Long after the faults every request is served, or refused by its own key's limits. */
   #checkRecovered(request: Watched, record: RequestRecord): void {
-    const { recoveredByUs, nowUs } = this.#options;
-    if (nowUs() - record.endedMs * 1000 < recoveredByUs) return;
+    if ((request.sent?.atMs ?? 0) * 1000 < this.#options.recoveredByUs) return;
     this.#late++;
     const isOwnLimit = /^(rate_limit|quota|request_too_large)/.test(record.code ?? "");
-    if (record.outcome === "ok" || isOwnLimit) return;
+    const { deadlineAtMs, arrivedAtMs } = record.facts;
+    const isTooShort =
+      deadlineAtMs - arrivedAtMs < SERVED_MS_MIN && record.endedMs >= deadlineAtMs - arrivedAtMs;
+    if (record.outcome === "ok" || isOwnLimit || isTooShort) return;
     this.#report(
       "recovers",
       `${request.id}, sent when all should be well again, ended with ${record.outcome} ${record.code}`,

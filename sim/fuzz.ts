@@ -2,7 +2,7 @@
  * Plays a scenario and says what broke; and reduces one that breaks to the least that still does. Pure.
  *
  *   faults and load ──faultMs──▶ light load, no faults ──▶ all must be well ──▶ light load ──▶ nothing runs: all is zero
- *                                └──── RECOVERY_MS ────┘                     └─ SERVED_MS ─┘ └──── drain ────┘
+ *                                └──── recoveryMs ─────┘                     └─ SERVED_MS ─┘ └──── drain ────┘
  *
  * Safety is checked all along, liveness only after the faults. A reduction keeps the invariant that broke, not the
  * exact story: it takes away faults first, then requests, then what else can be simpler, each as long as the same
@@ -41,12 +41,8 @@ const LAW = "llama-3.1-8b/h100";
 /** A model that loads fast: a run need not wait a minute for it. */
 const START_UP_US = 2_000_000;
 const PREFIX_BLOCK_TOKENS = 256;
-/** From the last fault until all must be well: above the longest time out and slow start that a scenario draws. */
-const RECOVERY_MS = 60_000;
 /** How long every request must then be served. */
-const SERVED_MS = 15_000;
-/** Light load, per second: enough that half-open circuits are tried. */
-const QUIET_RATE = 3;
+const SERVED_MS = 10_000;
 const QUIET_OUTPUT_TOKENS = 20;
 const TICK_US = 250_000;
 /** After the last request has ended, for what is still under way in messages. */
@@ -58,7 +54,7 @@ export function runScenario(scenario: Scenario, canary?: CanaryName): ScenarioRe
   const faults = scenario.faults.flatMap(parseFaults);
   const sent = new Map<TraceRequest, ScenarioRequest>();
   const quietFromUs = scenario.faultMs * 1000;
-  const recoveredByUs = quietFromUs + RECOVERY_MS * 1000;
+  const recoveredByUs = quietFromUs + scenario.quiet.recoveryMs * 1000;
   let simulation: Simulation | undefined;
   const checkers = new Checkers({
     ...checkedOptions(scenario),
@@ -181,11 +177,11 @@ function tracedOf(request: ScenarioRequest): TraceRequest {
 function quietRequests({ options, nodes, faultMs, quiet }: Scenario): ScenarioRequest[] {
   const tenants = (options.keys ?? []).map(({ tenant }) => tenant);
   const models = [...new Set(nodes.flatMap((node) => node.models))];
-  const count = ((RECOVERY_MS + SERVED_MS) / 1000) * QUIET_RATE;
+  const count = ((quiet.recoveryMs + SERVED_MS) / 1000) * quiet.perSecond;
   return Array.from({ length: count }, (_, index) => {
     const tenant = tenants[index % Math.max(1, tenants.length)];
     return {
-      atMs: faultMs + Math.round((index * 1000) / QUIET_RATE),
+      atMs: faultMs + Math.round((index * 1000) / quiet.perSecond),
       ...(tenant !== undefined && { tenant }),
       model: models[(index >> 1) % models.length] ?? "",
       system: "",

@@ -57,7 +57,15 @@ export type Scenario = {
   /** From here on nothing goes wrong any more, ms. */
   faultMs: number;
   /** What is asked in the quiet period: prompts of one kind, and all of one session or each of its own. */
-  quiet: { inputTokens: number; isOneSession: boolean };
+  quiet: Quiet;
+};
+
+export type Quiet = {
+  /** From the last fault until all must be well: above a lease's life, and the longest time out of a circuit. */
+  recoveryMs: number;
+  inputTokens: number;
+  perSecond: number;
+  isOneSession: boolean;
 };
 
 /** A scenario that cannot be played; says what is wrong and what is accepted. */
@@ -82,11 +90,28 @@ type Sizes = {
   rate: readonly [number, number];
   nodes: readonly [number, number];
   gateways: readonly [number, number];
+  /** First time out of a circuit; the longest is four times as long. */
+  openMs: readonly [number, number];
+  recoveryMs: number;
 };
 
 const sizes: Readonly<Record<Profile, Sizes>> = {
-  small: { faultMs: [8_000, 14_000], rate: [3, 8], nodes: [2, 4], gateways: [1, 3] },
-  full: { faultMs: [15_000, 60_000], rate: [2, 16], nodes: [2, 6], gateways: [1, 4] },
+  small: {
+    faultMs: [8_000, 14_000],
+    rate: [3, 8],
+    nodes: [2, 4],
+    gateways: [1, 3],
+    openMs: [300, 1500],
+    recoveryMs: 40_000,
+  },
+  full: {
+    faultMs: [15_000, 60_000],
+    rate: [2, 16],
+    nodes: [2, 6],
+    gateways: [1, 4],
+    openMs: [500, 4000],
+    recoveryMs: 60_000,
+  },
 };
 
 /** Kinds that a scenario may turn on: those of the fault language, and what clients do. */
@@ -122,7 +147,11 @@ export function drawScenario(seed: number | string, profile: Profile = "full"): 
   const tenants = cluster.chance(0.6)
     ? ["acme", "birch", "cedar"].slice(0, cluster.whole(1, 3))
     : [];
-  const { options, hasStore } = drawOptions(new Draw(random.split("options")), tenants);
+  const { options, hasStore } = drawOptions(
+    new Draw(random.split("options")),
+    tenants,
+    size.openMs,
+  );
   const load = { models, tenants, faultMs, rate: cluster.between(...size.rate) };
   const requests = drawRequests(new Draw(random.split("requests")), load);
   const world = { nodes: nodes.length, gateways, hasStore, faultMs };
@@ -137,7 +166,14 @@ export function drawScenario(seed: number | string, profile: Profile = "full"): 
     requests,
     faults: drawFaults(random.split("faults"), world).map(faultText),
     faultMs,
-    quiet: { inputTokens: cluster.of([40, 40, 2100]), isOneSession: cluster.chance(0.3) },
+    quiet: {
+      recoveryMs: size.recoveryMs,
+      // Light for the slowest nodes; long prompts, since those try no half-open node by themselves.
+      ...(cluster.chance(0.3)
+        ? { inputTokens: 2100, perSecond: 1 }
+        : { inputTokens: 40, perSecond: 3 }),
+      isOneSession: cluster.chance(0.3),
+    },
   };
 }
 
@@ -187,8 +223,9 @@ function drawNodes(draw: Draw, models: readonly string[], count: number): Scenar
 function drawOptions(
   draw: Draw,
   tenants: readonly string[],
+  openMsRange: readonly [number, number],
 ): { options: OptionsInput; hasStore: boolean } {
-  const openMs = draw.whole(500, 4000);
+  const openMs = draw.whole(...openMsRange);
   const totalMs = draw.whole(20_000, 60_000);
   const isCached = draw.chance(0.8);
   const options: OptionsInput = {
@@ -209,7 +246,7 @@ function drawOptions(
       strategy: draw.chance(0.5) ? "headroom" : draw.of(strategyNames),
       slowStartMs: draw.of([0, 2000, 10_000]),
     },
-    queue: { perKeyMax: draw.of([2, 20, 200]), poolMax: 400, waitMsMax: draw.whole(1000, 15_000) },
+    queue: { perKeyMax: draw.of([5, 20, 200]), poolMax: 400, waitMsMax: draw.whole(1000, 15_000) },
     retry: {
       attemptsMax: draw.whole(1, 4),
       budgetRatio: draw.of([0.1, 0.5, 1]),
@@ -406,9 +443,7 @@ export function parseScenario(text: string): Scenario {
   }
   const root = objectOf(value, "the scenario");
   if (root.format !== FORMAT) {
-    throw new ScenarioError(
-      `format is ${JSON.stringify(root.format)}; accepted: ${JSON.stringify(FORMAT)}, as \`headrace fuzz\` writes it`,
-    );
+    throw wrong("format", root.format, `${JSON.stringify(FORMAT)}, as headrace fuzz writes it`);
   }
   const nodes = listOf(root.nodes, "nodes", [1, NODES_MAX]).map((node, index) => {
     const at = `nodes[${index}]`;
@@ -435,7 +470,9 @@ export function parseScenario(text: string): Scenario {
     faults: faultsOf(root.faults, faultMs),
     faultMs,
     quiet: {
+      recoveryMs: wholeOf(quiet.recoveryMs, "quiet.recoveryMs", 0, FAULT_MS_MAX),
       inputTokens: wholeOf(quiet.inputTokens, "quiet.inputTokens", 1, 1e7),
+      perSecond: wholeOf(quiet.perSecond, "quiet.perSecond", 1, 1000),
       isOneSession: flagOf(quiet.isOneSession, "quiet.isOneSession"),
     },
   };
@@ -539,6 +576,7 @@ function numberOf(value: unknown, at: string, least: number, most: number): numb
 }
 
 function wholeOf(value: unknown, at: string, least: number, most: number): number {
-  if (typeof value === "number" && Number.isInteger(value)) return numberOf(value, at, least, most);
+  const isWhole = typeof value === "number" && Number.isInteger(value);
+  if (isWhole && value >= least && value <= most) return value;
   throw wrong(at, value, `a whole number from ${least} to ${most}`);
 }
