@@ -113,6 +113,14 @@ const made = {
         receive: (message) => (message.kind === "front.forget" ? undefined : message),
       }),
   },
+  "abort-lost": {
+    breaks: "returns-to-zero",
+    bug: "a generation that nobody waits for is not stopped",
+    plant: () =>
+      around("edges", {
+        receive: (message) => (message.kind === "upstream.abort" ? undefined : message),
+      }),
+  },
   "limits-ignored": {
     breaks: "rate-limit",
     bug: "the limiter knows no limits",

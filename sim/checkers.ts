@@ -35,7 +35,7 @@ export const invariants = {
   "distinct-nodes": "attempts of a request go to distinct nodes, and to no more than allowed",
   "no-retry-after-token": "no attempt begins after the first token was out",
   "circuit-moves": "circuits make legal moves only, and give no lease while open",
-  "returns-to-zero": "leases, queues, reservations, flights and bodies return to none",
+  "returns-to-zero": "leases, queues, reservations, flights, bodies and work return to none",
   "rate-limit": "a key is admitted up to rate · time + burst, and not refused below it",
   "cache-identity": "no answer crosses tenant, model, system prompt, parameters or question",
   "cache-truth": "a cached answer is one that a node really gave, unchanged",
@@ -98,6 +98,8 @@ const LEASE_TTL_US = 30_000_000;
 /** How long work may wait beside an idle node: while leases of the dead may still be held, and else. */
 const IDLE_US_MAX = 40_000_000;
 const IDLE_US_MAX_QUIET = 2_000_000;
+/** How long a node may go on with what is over. */
+const NOBODY_US_MAX = 1_000_000;
 /** A deadline shorter than this may pass on a well but slow node. */
 const SERVED_MS_MIN = 5000;
 const DETAIL_MAX = 300;
@@ -120,6 +122,7 @@ type Watched = {
   client: "waiting" | "answered" | "refused" | "reading" | "left" | "lost";
   flightId: string | undefined;
   finished: number;
+  finishedUs: number;
   /** Nodes that the gateway began attempts on, and nodes that got one. */
   readonly tried: Set<string>;
   readonly submitted: Set<string>;
@@ -151,7 +154,8 @@ export class Checkers {
   readonly #engines: EngineWatch;
   /** Texts that nodes gave, by the request that they gave them to. */
   readonly #given = new Set<string>();
-  readonly #gateways = new Set<string>();
+  /** Requests whose bodies and answers have left the front. */
+  readonly #forgotten = new Set<string>();
   readonly #idleSinceUs = new Map<string, number>();
   /** Messages may be lost, or come after their deadline by the receiver's clock. */
   readonly #losesMessages: boolean;
@@ -197,7 +201,6 @@ export class Checkers {
 
   #onSent(facts: RequestFacts, request: TraceRequest, gateway: string): void {
     const sent = this.#options.sent.get(request);
-    this.#gateways.add(gateway);
     if (sent !== undefined) {
       facts.cacheRead = sent.cacheRead;
       facts.cacheWrite = sent.cacheWrite;
@@ -211,6 +214,7 @@ export class Checkers {
       client: "waiting",
       flightId: undefined,
       finished: 0,
+      finishedUs: 0,
       tried: new Set(),
       submitted: new Set(),
       attempts: 0,
@@ -249,6 +253,7 @@ export class Checkers {
   }
 
   #onFront(command: FrontCommand): void {
+    if (command.kind === "front.forget") this.#forgotten.add(command.requestId);
     if (command.kind === "front.forget" || command.kind === "front.requests_lost") return;
     const request = this.#requests.get(command.requestId);
     if (request === undefined) {
@@ -306,6 +311,9 @@ export class Checkers {
       );
     }
     flight.isCommitted = true;
+    if (this.#forgotten.has(flightId)) {
+      this.#report("one-answer", `${request.id} is to read ${flightId}, whose bytes are forgotten`);
+    }
     if (flight === request) return;
     this.coverage.joins++;
     const [own, other] = [this.#identityOf(request.sent), this.#identityOf(flight.sent)];
@@ -526,6 +534,10 @@ export class Checkers {
       case "runtime.restarted":
         this.coverage["actor restarts"]++;
         return;
+      case "cache.flight_lapsed":
+      case "limiter.reservations_lapsed":
+        // The net under a leak: whoever should have ended it is in the same process, and no message is lost there.
+        return this.#report("returns-to-zero", `${gateway}: ${JSON.stringify(event)}`);
       case "runtime.dead_letter": {
         const { letter } = event as Extract<SystemEvent, { kind: "runtime.dead_letter" }>;
         if (this.#losesMessages) return;
@@ -542,6 +554,7 @@ export class Checkers {
       return this.#report("one-answer", `${requestId} ended, and nobody sent it`);
     }
     request.choosing = undefined;
+    request.finishedUs = this.#options.nowUs();
     if (++request.finished > 1) this.#report("one-answer", `${requestId} ended twice`);
     if (request.gateway !== gateway) this.#report("one-answer", `${requestId} ended in ${gateway}`);
     if (record.code === "stream_broken") this.coverage["broken streams"]++;
@@ -583,6 +596,13 @@ export class Checkers {
     const nowUs = this.#options.nowUs();
     const isQuiet = nowUs > this.#options.quietFromUs + LEASE_TTL_US;
     const boundUs = isQuiet ? IDLE_US_MAX_QUIET : IDLE_US_MAX;
+    for (const { node, id } of this.#engines.heard()) {
+      const request = this.#requests.get(id.slice(0, id.lastIndexOf("#")));
+      if (request === undefined || request.finished === 0) continue;
+      const sinceUs = nowUs - request.finishedUs;
+      if (sinceUs < NOBODY_US_MAX) continue;
+      this.#report("returns-to-zero", `${node} still works on ${id}, over ${sinceUs / 1e6} s ago`);
+    }
     const waiting = [...this.#requests.values()].filter(({ choosing }) => choosing !== undefined);
     for (const request of waiting) {
       const { choosing, id, facts, gateway } = request;
@@ -789,6 +809,8 @@ type OnEngine = { readonly promptTokens: number; readonly maxTokens: number };
 class EngineWatch implements NodeObserver {
   readonly #report: (detail: string) => void;
   readonly #on = new Map<string, Map<string, OnEngine>>();
+  /** Given up by someone whom their node cannot hear. */
+  readonly #orphans = new Set<string>();
 
   constructor(report: (detail: string) => void) {
     this.#report = report;
@@ -799,7 +821,15 @@ class EngineWatch implements NodeObserver {
   }
 
   onCancelled(node: NodeHost, id: string, isOrphan: boolean): void {
-    if (!isOrphan) this.#requestsOn(node).delete(id);
+    if (isOrphan) this.#orphans.add(id);
+    else this.#requestsOn(node).delete(id);
+  }
+
+  /** What runs, but for orphans. */
+  *heard(): Generator<{ node: string; id: string }> {
+    for (const [node, requests] of this.#on) {
+      for (const id of requests.keys()) if (!this.#orphans.has(id)) yield { node, id };
+    }
   }
 
   onNodeEvent(node: NodeHost, { kind, id }: NodeEvent): void {

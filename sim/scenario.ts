@@ -396,7 +396,7 @@ function drawFault(kind: DrawnKind, draw: Draw, world: World): Fault | undefined
     case "gateway":
       return { kind, gateway, ...time };
     case "actor":
-      return { kind, actor: drawActor(draw, gateway, node), atUs };
+      return { kind, actor: drawActor(draw, gateway, node, world.hasStore), atUs };
     case "skew":
       return { kind, gateway, aheadUs: Math.round(draw.logBetween(50, 20_000)) * 1000, atUs };
     case "drift":
@@ -409,7 +409,7 @@ function drawFault(kind: DrawnKind, draw: Draw, world: World): Fault | undefined
   }
 }
 
-function drawActor(draw: Draw, gateway: string, node: string): string {
+function drawActor(draw: Draw, gateway: string, node: string, hasStore: boolean): string {
   const name = draw.of([
     "requests",
     "router",
@@ -419,6 +419,7 @@ function drawActor(draw: Draw, gateway: string, node: string): string {
     "edges/front",
     "edges/upstream",
     "edges/scraper",
+    ...(hasStore ? ["edges/store"] : []),
   ]);
   return name === "nodes" ? `nodes/${node}` : `${gateway}/${name}`;
 }
