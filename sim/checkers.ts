@@ -70,7 +70,7 @@ export const covered = [
   "queued",
   "preemptions",
   "leases expired",
-  "takeovers",
+  "node actors begun anew",
   "actor restarts",
 ] as const;
 
@@ -772,7 +772,7 @@ export class Checkers {
           leases: new Set(),
           trials: new Set(),
         };
-        if (this.#options.nowUs() > 0) this.coverage.takeovers++;
+        if (this.#options.nowUs() > 0) this.coverage["node actors begun anew"]++;
         this.#nodes.set(path, watched);
         return new Interposer(actor, {
           seen: (message, deeds) => this.#onNode(watched, message, deeds),
