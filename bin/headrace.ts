@@ -5,6 +5,7 @@ import { Command } from "commander";
 import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
+import { fuzzCommand } from "./fuzz.ts";
 import { nodeCommand } from "./node.ts";
 import { planCommand } from "./plan.ts";
 import { replayCommand } from "./replay.ts";
@@ -26,6 +27,7 @@ await new Command("headrace")
   .addCommand(replayCommand())
   .addCommand(simCommand())
   .addCommand(planCommand())
+  .addCommand(fuzzCommand())
   .addCommand(calibrateCommand())
   .addCommand(checkConfigCommand())
   .addCommand(configReferenceCommand())
