@@ -30,6 +30,7 @@ import {
 } from "./rate-limiter.ts";
 import { RequestActor, type RequestMessage, type RequestOptions } from "./request.ts";
 import { RouterActor, type RouterMessage, type RouterSettings } from "./router.ts";
+import { LoggedRouter } from "./router-log.ts";
 
 /** What the caller decides for one node; addresses of other actors are filled in here. */
 export type NodeSettings = Omit<GpuNodeOptions, "upstream" | "scraper">;
@@ -41,6 +42,8 @@ export type GatewaySettings = {
   cache: Omit<CacheOptions, "shard" | "shards">;
   limiter: RateLimiterOptions;
   router: RouterSettings;
+  /** Every turn of the router is told as an event. */
+  logsRouter: boolean;
   requests: RequestOptions;
   /** Nodes at the start; more come and go by `spawn` and `stop`. */
   nodes: readonly NodeSettings[];
@@ -166,15 +169,14 @@ export function gatewayTree(
       60_000,
       settings.nodes.map((node) => nodeSpec(node, refs)),
     ),
-    actor<RouterMessage>(
-      "router",
-      () =>
-        new RouterActor({
-          ...settings.router,
-          node: (node) => refs.node(node),
-          nodes: () => refs.nodes(),
-        }),
-    ),
+    actor<RouterMessage>("router", () => {
+      const router = new RouterActor({
+        ...settings.router,
+        node: (node) => refs.node(node),
+        nodes: () => refs.nodes(),
+      });
+      return settings.logsRouter ? new LoggedRouter(router) : router;
+    }),
     actor<RequestMessage>(
       "requests",
       () => new RequestActor(settings.requests, requestRefs(refs, embedder !== undefined)),

@@ -96,6 +96,8 @@ const NEWS_AGE_MS_MAX = 250;
 const NEWS_FRESH_MS = 100;
 /** A prompt this short may try out a half-open node, where it does little harm. */
 const TRIAL_PROMPT_TOKENS_MAX = 2000;
+/** … and any request may, once none like that has come for this long: where every prompt is long, or known elsewhere. */
+const TRIAL_OVERDUE_MS = 5000;
 /** Candidates that an explanation lists. */
 const EXPLAINED_MAX = 16;
 /** The median speed stands in for unknown ones only; it need not follow every token. */
@@ -123,6 +125,8 @@ export class NodeView {
   unreachableUntilMs = 0;
   /** Since when, while it is. */
   unreachableSinceMs = Number.POSITIVE_INFINITY;
+  /** Since when its circuit has been half open, as far as seen here; meaningful while it is. */
+  halfOpenSinceMs = 0;
 
   // Of the snapshot, flattened for the scans. 0 in a figure that is never 0 when known = unknown.
   circuit: CircuitState = "closed";
@@ -143,6 +147,8 @@ export class NodeView {
   weight = 0;
 
   #pendingTokens = 0;
+  /** The incarnation that `snapshot` is of has ended. */
+  #isActorEnded = false;
 
   constructor(snapshot: NodeSnapshot, order: number, nowMs: number) {
     this.node = snapshot.node;
@@ -155,10 +161,21 @@ export class NodeView {
   /** False if the snapshot is older than the one held: it then changes nothing. */
   update(snapshot: NodeSnapshot, nowMs: number): boolean {
     const held = this.snapshot;
-    if (snapshot.incarnation < held.incarnation) return false;
-    if (snapshot.incarnation === held.incarnation && snapshot.version < held.version) return false;
+    if (!this.#isActorEnded) {
+      if (snapshot.incarnation < held.incarnation) return false;
+      if (snapshot.incarnation === held.incarnation && snapshot.version < held.version)
+        return false;
+    }
     this.#apply(snapshot, nowMs);
     return true;
+  }
+
+  /**
+   * Whatever comes next is newer. The next actor may be an older incarnation: when a node has gone over to another
+   * process and comes back, its first actor has lived on.
+   */
+  actorEnded(): void {
+    this.#isActorEnded = true;
   }
 
   /** Counts a lease that is being asked for, so that the next decision sees it already. */
@@ -186,6 +203,8 @@ export class NodeView {
   #apply(snapshot: NodeSnapshot, nowMs: number): void {
     const { scrape } = snapshot;
     this.snapshot = snapshot;
+    this.#isActorEnded = false;
+    if (this.circuit !== "half_open") this.halfOpenSinceMs = nowMs;
     this.receivedAtMs = nowMs;
     this.unreachableUntilMs = 0;
     this.unreachableSinceMs = Number.POSITIVE_INFINITY;
@@ -510,8 +529,12 @@ export interface Strategy {
   explain(view: NodeView, field: Field, wanted: Wanted, fact: CandidateFact): void;
 }
 
-/** The strategy that `options` name, with its state fresh. */
+/** The strategy that `options` name, with its state fresh. Each tries half-open nodes first. */
 export function makeStrategy(options: RankingOptions): Strategy {
+  return new TrialsFirst(strategyOf(options));
+}
+
+function strategyOf(options: RankingOptions): Strategy {
   switch (options.strategy) {
     case "headroom":
       return new Headroom(options);
@@ -533,6 +556,43 @@ export function makeStrategy(options: RankingOptions): Strategy {
 }
 
 /**
+ * A half-open node is tried whatever the strategy thinks of it, or it would never come back: it may look slow, or
+ * be nobody's home.
+ */
+class TrialsFirst implements Strategy {
+  readonly name: StrategyName;
+  readonly loadGates: boolean;
+  readonly #inner: Strategy;
+
+  constructor(inner: Strategy) {
+    this.#inner = inner;
+    this.name = inner.name;
+    this.loadGates = inner.loadGates;
+  }
+
+  pick(field: Field, wanted: Wanted, draw: Draw): NodeView | undefined {
+    const trial = trialOf(field, wanted);
+    return trial ?? this.#inner.pick(field, wanted, draw);
+  }
+
+  explain(view: NodeView, field: Field, wanted: Wanted, fact: CandidateFact): void {
+    this.#inner.explain(view, field, wanted, fact);
+  }
+}
+
+/** The half-open node that the request should try, if any: it is short, and has no prefix elsewhere. */
+function trialOf(field: Field, wanted: Wanted): NodeView | undefined {
+  const { trial, count, nowMs } = field;
+  if (trial === undefined || count <= 1 || wanted.isRetry) return undefined;
+  const isCheap = wanted.sent.length === 0 && wanted.promptTokens <= TRIAL_PROMPT_TOKENS_MAX;
+  if (isCheap) field.why = "trial: a half-open node is tried with a short request";
+  else if (nowMs - trial.halfOpenSinceMs >= TRIAL_OVERDUE_MS)
+    field.why = "trial: a half-open node has waited long for a short request";
+  else return undefined;
+  return trial;
+}
+
+/**
  * Affinity within bounded load, else least expected work per speed.
  *
  * A keyed request goes to the first node in the rendezvous order of its key whose load, this request included,
@@ -550,20 +610,10 @@ class Headroom implements Strategy {
   }
 
   pick(field: Field, wanted: Wanted, draw: Draw): NodeView | undefined {
-    const { count, trial } = field;
+    const { count } = field;
     if (count <= 1) {
       field.why = "only: no other node is eligible";
       return count === 0 ? undefined : field.eligible[0];
-    }
-    // A half-open node is tried with short requests that have no prefix elsewhere, or it would never come back.
-    if (
-      trial !== undefined &&
-      !wanted.isRetry &&
-      wanted.sent.length === 0 &&
-      wanted.promptTokens <= TRIAL_PROMPT_TOKENS_MAX
-    ) {
-      field.why = "trial: a half-open node is tried with a short request";
-      return trial;
     }
     const key = wanted.affinityKey;
     const explores = key !== undefined && draw.random() < this.#options.exploreRatio;

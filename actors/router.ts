@@ -760,7 +760,9 @@ export class RouterActor implements Actor<RouterMessage> {
   #onNodeEnded({ node }: NodeEnded, context: Context<RouterMessage>): void {
     if (!this.#watched.delete(node)) return;
     const { nowMs } = context;
-    this.#views.get(node)?.markUnreachable(nowMs + UNREACHABLE_MS, nowMs);
+    const view = this.#views.get(node);
+    view?.markUnreachable(nowMs + UNREACHABLE_MS, nowMs);
+    view?.actorEnded();
     context.startTimer(`subscribe ${node}`, SUBSCRIBE_AGAIN_MS, {
       kind: "router.subscribe_due",
       node,

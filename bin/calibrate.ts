@@ -4,13 +4,13 @@
  * Prints the law and its errors, for the part of the log that was fitted and for the part that was not; `--out` writes
  * the law file that a simulation takes in place of the name of a shipped law. Ends with 0, or with 2 for bad input.
  */
-import { readFileSync, writeFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { Command } from "commander";
 import { type Calibration, type CalibrationOptions, calibrate } from "../sim/calibrate.ts";
 import { formatCalibration } from "../sim/calibration-report.ts";
 import { formatLaw, LawError, loadLaw } from "../sim/law-file.ts";
 import { CalibrationError, parseRequestLog } from "../sim/request-log.ts";
-import { FlagError, numberOf } from "./flag-values.ts";
+import { endWithTwo, FlagError, fileProblem, numberOf, writeFlagFile } from "./flag-values.ts";
 
 type Flags = {
   log: string;
@@ -27,7 +27,7 @@ type Flags = {
 };
 
 export function calibrateCommand(): Command {
-  const command = new Command("calibrate")
+  const command = endWithTwo(new Command("calibrate"))
     .description("fit a step law to the request log of a real engine, for sim and plan")
     .requiredOption(
       "--log <file>",
@@ -44,10 +44,6 @@ export function calibrateCommand(): Command {
     .option("--split <share>", "share of the requests to fit; the rest checks the law", "0.5")
     .option("--seed <text>", "of the search's random starts", "1")
     .option("--json", "print JSON instead of the table");
-  // Commander ends with 1 for a flag that is missing or unknown: bad input, too.
-  command.exitOverride(({ code, exitCode }) => {
-    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
-  });
   return command.action((flags: Flags) => run(flags, command));
 }
 
@@ -57,7 +53,7 @@ function run(flags: Flags, command: Command): void {
     const log = parseRequestLog(readText(flags.log), flags.log, flags.node);
     const calibration = calibrate(log, options);
     if (process.stderr.isTTY) process.stderr.write("\r\u001b[K");
-    if (flags.out !== undefined) writeText(flags.out, formatLaw(calibration.law));
+    if (flags.out !== undefined) writeFlagFile("--out", flags.out, formatLaw(calibration.law));
     process.stdout.write(
       flags.json === true ? jsonOf(calibration) : formatCalibration(calibration),
     );
@@ -95,24 +91,8 @@ function readText(file: string): string {
   try {
     return readFileSync(file, "utf8");
   } catch (error) {
-    throw new FlagError(`${file}: ${problemOf(error)}`);
+    throw new FlagError(`${file}: ${fileProblem(error)}`);
   }
-}
-
-function writeText(file: string, text: string): void {
-  try {
-    writeFileSync(file, text);
-  } catch (error) {
-    throw new FlagError(`--out ${file}: ${problemOf(error)}`);
-  }
-}
-
-function problemOf(error: unknown): string {
-  const code = error instanceof Error && "code" in error ? String(error.code) : "";
-  if (code === "ENOENT") return "no such file or folder";
-  if (code === "EISDIR") return "is a folder, not a file";
-  if (code === "EACCES") return "access denied";
-  return error instanceof Error ? error.message : String(error);
 }
 
 function jsonOf(calibration: Calibration): string {

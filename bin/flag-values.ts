@@ -1,4 +1,6 @@
 /** Values of flags that several commands read: numbers, times, the gateway's options, and how to write a flag back. */
+import { writeFileSync } from "node:fs";
+import type { Command } from "commander";
 import { ConfigError, type FlagSetting, loadConfig } from "../transport/config.ts";
 import type { Options, OptionsInput } from "../transport/options.ts";
 
@@ -28,6 +30,36 @@ export function durationUs(flag: string, text: string): number {
   throw new FlagError(
     `${flag} is ${JSON.stringify(text)}; it must be a time like 90, 90s, 15m, 2h or 1d`,
   );
+}
+
+/** For a flag that may be repeated. */
+export function collect(value: string, before: readonly string[]): string[] {
+  return [...before, value];
+}
+
+/** A flag that is missing or unknown is bad input, too: the process ends with 2, where commander says 1. */
+export function endWithTwo(command: Command): Command {
+  return command.exitOverride(({ code, exitCode }) => {
+    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
+  });
+}
+
+/** Writes what a flag asks for to its file. Throws FlagError. */
+export function writeFlagFile(flag: string, file: string, text: string): void {
+  try {
+    writeFileSync(file, text);
+  } catch (error) {
+    throw new FlagError(`${flag} ${file}: ${fileProblem(error)}`);
+  }
+}
+
+/** Why a file could not be read or written, in words. */
+export function fileProblem(error: unknown): string {
+  const code = error instanceof Error && "code" in error ? String(error.code) : "";
+  if (code === "ENOENT") return "no such file or folder";
+  if (code === "EISDIR") return "is a folder, not a file";
+  if (code === "EACCES") return "access denied";
+  return error instanceof Error ? error.message : String(error);
 }
 
 /** For a POSIX shell. */

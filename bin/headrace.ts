@@ -5,6 +5,7 @@ import { Command } from "commander";
 import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
+import { fuzzCommand } from "./fuzz.ts";
 import { modelCommand } from "./model.ts";
 import { nodeCommand } from "./node.ts";
 import { planCommand } from "./plan.ts";
@@ -19,12 +20,15 @@ await new Command("headrace")
     "Brings LLM requests to self-hosted GPUs: cache, limits, routing by live state, retry.",
   )
   .version(manifest.version)
+  // A flag belongs to the command that it follows: `sim article --seed 2` is not `sim --seed 2`.
+  .enablePositionalOptions()
   .addCommand(serveCommand())
   .addCommand(demoCommand())
   .addCommand(nodeCommand())
   .addCommand(replayCommand())
   .addCommand(simCommand())
   .addCommand(planCommand())
+  .addCommand(fuzzCommand())
   .addCommand(calibrateCommand())
   .addCommand(checkConfigCommand())
   .addCommand(modelCommand())

@@ -4,6 +4,7 @@
  */
 import { Command, InvalidArgumentError } from "commander";
 import { GpuNodeModel } from "../sim/gpu-node-model.ts";
+import { LawError, loadLaw } from "../sim/law-file.ts";
 import { KV_BLOCK_TOKENS, lawByName, lawNames, type StepLaw } from "../sim/laws.ts";
 import { BODY_FAULTS, type NodeFault, NodeServer, parseFault } from "../transport/node-server.ts";
 
@@ -41,7 +42,7 @@ export function nodeCommand(): Command {
     .option("--name <name>", "shown as system_fingerprint (default: from the port)")
     .option(
       "--law <law>",
-      `model and card, one of: ${lawNames().join(", ")} (default: ${LAW})`,
+      `model and card, one of: ${lawNames().join(", ")}, or a file of \`calibrate\` (default: ${LAW})`,
       law,
     )
     .option("--speed <factor>", "how many times as fast as the real card, up to 10000", Number, 1)
@@ -123,9 +124,10 @@ function faultOf(flags: Omit<Flags, "law">): Record<string, unknown> {
 
 function law(name: string): StepLaw {
   try {
-    return lawByName(name);
+    return loadLaw(name);
   } catch (error) {
-    throw new InvalidArgumentError(error instanceof Error ? error.message : String(error));
+    if (error instanceof LawError) throw new InvalidArgumentError(error.message);
+    throw error;
   }
 }
 

@@ -5,7 +5,7 @@
  * the run cannot support an answer; 2 for bad input; 130 when stopped by ^C.
  */
 import { createHash } from "node:crypto";
-import { accessSync, constants, readFileSync, writeFileSync } from "node:fs";
+import { accessSync, constants, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { dirname } from "node:path";
 import cliProgress from "cli-progress";
@@ -17,14 +17,28 @@ import { PlanWorkers } from "../sim/plan-worker.ts";
 import { checkPlan, PlanError, type PlanSpec, type PricedLaw, plan } from "../sim/planner.ts";
 import { reportPage } from "../sim/report-page.ts";
 import { parseSlo, SloError, withUnansweredLimited } from "../sim/slo.ts";
-import { openTrace, TraceError, type TraceOptions } from "../sim/trace.ts";
-import { type TraceRequest, traceFormats } from "../sim/trace-rows.ts";
-import { durationUs, FlagError, numberOf, quoted, simulatedOptions } from "./flag-values.ts";
+import { openTrace, TraceError } from "../sim/trace.ts";
+import type { TraceRequest } from "../sim/trace-rows.ts";
+import {
+  collect,
+  endWithTwo,
+  FlagError,
+  numberOf,
+  quoted,
+  simulatedOptions,
+  writeFlagFile,
+} from "./flag-values.ts";
+import {
+  TRACE_DOC,
+  type TraceFlags,
+  traceOptions,
+  traceWords,
+  withTraceFlags,
+} from "./trace-flags.ts";
 
-type Flags = {
+type Flags = TraceFlags & {
   trace: string;
   slo: string;
-  format?: string;
   law: string;
   price?: string;
   nodesMax: string;
@@ -33,11 +47,6 @@ type Flags = {
   config?: string;
   set: string[];
   speed: string;
-  limit?: string;
-  from?: string;
-  to?: string;
-  copies?: string;
-  rawTimes?: boolean;
   threads?: string;
   json?: string;
   html?: string;
@@ -49,15 +58,10 @@ const REQUESTS_MAX = 2_000_000;
 const THREADS_MAX = 64;
 
 export function planCommand(): Command {
-  const collect = (value: string, before: string[]): string[] => [...before, value];
-  const command = new Command("plan")
+  const command = endWithTwo(new Command("plan"))
     .description("how many nodes a recorded load needs under an SLO, found by simulation")
-    .requiredOption(
-      "--trace <file>",
-      "recorded load: a public trace, or the file of `serve --record`",
-    )
+    .requiredOption("--trace <file>", TRACE_DOC)
     .option("--slo <text>", "what requests must get", DEFAULT_SLO)
-    .option("--format <name>", `one of ${traceFormats.join(", ")} (else told from the file)`)
     .option(
       "--law <names>",
       `the node: a shipped step law or a file of \`calibrate\`; several with commas, to compare by price. Shipped: ${lawNames().join(", ")}`,
@@ -69,19 +73,11 @@ export function planCommand(): Command {
     .option("--seed <number>", "first seed", "1")
     .option("-c, --config <file>", "options of the gateway, as for `serve`; its nodes are not used")
     .option("--set <path=value>", "any option, e.g. queue.poolMax=500; repeat", collect, [])
-    .option("--speed <factor>", "2 plays the load in half the time", "1")
-    .option("--limit <count>", "requests at most")
-    .option("--from <time>", "skip what came earlier in the trace: 90, 90s, 15m, 2h, 1d")
-    .option("--to <time>", "stop there in the trace's own time")
-    .option("--copies <count>", "superpose so many copies, shifted against each other (more users)")
-    .option("--raw-times", "leave Mooncake's rounded times as they are instead of spreading them")
+    .option("--speed <factor>", "2 plays the load in half the time", "1");
+  withTraceFlags(command)
     .option("--threads <count>", "simulations at once (default: one for each core)")
     .option("--json <file>", "write the report there as well")
     .option("--html <file>", "write the report there as one page with plots");
-  // Commander ends with 1 for a flag that is missing or unknown: bad input, too.
-  command.exitOverride(({ code, exitCode }) => {
-    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
-  });
   return command.action((flags: Flags) => run(flags, command));
 }
 
@@ -94,9 +90,9 @@ async function run(flags: Flags, command: Command): Promise<void> {
     report = await planned(spec, threadsOf(flags));
     process.stdout.write(formatPlan(report)); // First: minutes of work must not be lost to a full disk.
     if (flags.json !== undefined) {
-      write("--json", flags.json, `${JSON.stringify(report, null, 2)}\n`);
+      writeFlagFile("--json", flags.json, `${JSON.stringify(report, null, 2)}\n`);
     }
-    if (flags.html !== undefined) write("--html", flags.html, reportPage(report));
+    if (flags.html !== undefined) writeFlagFile("--html", flags.html, reportPage(report));
   } catch (error) {
     const isInput = [TraceError, SloError, LawError, PlanError, FlagError].some(
       (kind) => error instanceof kind,
@@ -136,7 +132,10 @@ async function specOf(flags: Flags, command: Command): Promise<PlanSpec> {
   const seeds = numberOf("--seeds", flags.seeds);
   const seed = numberOf("--seed", flags.seed);
   const config = await simulatedOptions(flags.config, flags.set);
-  const trace = await openTrace(flags.trace, traceOptions(flags));
+  const trace = await openTrace(flags.trace, {
+    ...traceOptions(flags),
+    speed: numberOf("--speed", flags.speed),
+  });
   const load: TraceRequest[] = [];
   for await (const request of trace.requests()) {
     if (load.length >= REQUESTS_MAX) {
@@ -182,19 +181,6 @@ function lawsOf({ law, price }: Flags): PricedLaw[] {
   }));
 }
 
-function traceOptions(flags: Flags): TraceOptions {
-  const speed = numberOf("--speed", flags.speed);
-  return {
-    speed,
-    ...(flags.format !== undefined && { format: flags.format }),
-    ...(flags.rawTimes === true && { spread: false }),
-    ...(flags.from !== undefined && { fromUs: durationUs("--from", flags.from) }),
-    ...(flags.to !== undefined && { toUs: durationUs("--to", flags.to) }),
-    ...(flags.copies !== undefined && { copies: numberOf("--copies", flags.copies) }),
-    ...(flags.limit !== undefined && { limit: numberOf("--limit", flags.limit) }),
-  };
-}
-
 function threadsOf({ threads }: Flags): number {
   if (threads === undefined) return Math.min(THREADS_MAX, availableParallelism());
   const count = numberOf("--threads", threads);
@@ -220,7 +206,6 @@ function windowText({ from, to, speed, copies, limit, rawTimes }: Flags): string
 function commandText(flags: Flags): string {
   const valued: [string, string | undefined][] = [
     ["--trace", flags.trace],
-    ["--format", flags.format],
     ["--slo", flags.slo],
     ["--law", flags.law],
     ["--price", flags.price],
@@ -230,15 +215,11 @@ function commandText(flags: Flags): string {
     ["--config", flags.config],
     ...flags.set.map((pair): [string, string] => ["--set", pair]),
     ["--speed", flags.speed === "1" ? undefined : flags.speed],
-    ["--limit", flags.limit],
-    ["--from", flags.from],
-    ["--to", flags.to],
-    ["--copies", flags.copies],
   ];
   const words = valued.flatMap(([flag, value]) =>
     value === undefined ? [] : [flag, quoted(value)],
   );
-  return ["headrace plan", ...words, ...(flags.rawTimes === true ? ["--raw-times"] : [])].join(" ");
+  return ["headrace plan", ...words, ...traceWords(flags)].join(" ");
 }
 
 function versionOf(command: Command): string {
@@ -252,15 +233,6 @@ function checkFolder(flag: string, file: string | undefined): void {
     accessSync(dirname(file), constants.W_OK);
   } catch {
     throw new FlagError(`${flag} ${file}: ${dirname(file)} is no folder that can be written to`);
-  }
-}
-
-function write(flag: string, file: string, text: string): void {
-  try {
-    writeFileSync(file, text);
-  } catch (error) {
-    const reason = error instanceof Error ? error.message : String(error);
-    throw new FlagError(`${flag} ${file}: ${reason}`);
   }
 }
 

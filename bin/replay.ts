@@ -5,25 +5,25 @@
  * into the load. Ends with 0; 1 when the target is not there or no request succeeded; 2 for bad input; 130 when
  * stopped by ^C, after printing what was measured until then.
  */
-import { writeFileSync } from "node:fs";
 import cliProgress from "cli-progress";
 import { Command, Option } from "commander";
-import { openTrace, type Trace, TraceError, type TraceOptions } from "../sim/trace.ts";
-import { traceFormats } from "../sim/trace-rows.ts";
-import { type LoadStatistics, summarizeLoad } from "../sim/trace-statistics.ts";
+import { openTrace, TraceError } from "../sim/trace.ts";
+import { summarizeLoad } from "../sim/trace-statistics.ts";
 import { ReplayError, type ReplayProgress, replay } from "../transport/replay.ts";
 import { formatReplayReport, type ReplayReport } from "../transport/replay-report.ts";
+import { endWithTwo, FlagError, numberOf, writeFlagFile } from "./flag-values.ts";
+import {
+  loadLine,
+  TRACE_DOC,
+  type TraceFlags,
+  traceOptions,
+  withTraceFlags,
+} from "./trace-flags.ts";
 
-type Flags = {
+type Flags = TraceFlags & {
   trace: string;
   target: string;
-  format?: string;
   speed: string;
-  limit?: string;
-  from?: string;
-  to?: string;
-  copies?: string;
-  rawTimes?: boolean;
   model?: string;
   apiKey?: string;
   salt?: string;
@@ -33,20 +33,12 @@ type Flags = {
 };
 
 export function replayCommand(): Command {
-  const command = new Command("replay")
+  const command = endWithTwo(new Command("replay"))
     .description("send a recorded load to a server in real time and measure its answers")
-    .requiredOption(
-      "--trace <file>",
-      "recorded load: a public trace, or the file of `serve --record`",
-    )
+    .requiredOption("--trace <file>", TRACE_DOC)
     .requiredOption("--target <url>", "server to send to, e.g. http://localhost:8080")
-    .option("--format <name>", `one of ${traceFormats.join(", ")} (else told from the file)`)
-    .option("--speed <factor>", "2 sends in half the time", "1")
-    .option("--limit <count>", "requests at most")
-    .option("--from <time>", "skip what came earlier in the trace: 90, 90s, 15m, 2h, 1d")
-    .option("--to <time>", "stop there in the trace's own time")
-    .option("--copies <count>", "superpose so many copies, shifted against each other (more users)")
-    .option("--raw-times", "leave Mooncake's rounded times as they are instead of spreading them")
+    .option("--speed <factor>", "2 sends in half the time", "1");
+  withTraceFlags(command)
     .option("--model <name>", "model to ask for (else the recorded one, or the target's first)")
     .addOption(new Option("--api-key <key>", "API key of the target").env("REPLAY_API_KEY"))
     .option(
@@ -59,10 +51,6 @@ export function replayCommand(): Command {
     )
     .option("--no-stream", "ask for whole answers instead of streams")
     .option("--json <file>", "write the report there as well");
-  // Commander ends with 1 for a flag that is missing or unknown: bad input, too.
-  command.exitOverride(({ code, exitCode }) => {
-    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
-  });
   return command.action((flags: Flags) => run(flags, command));
 }
 
@@ -75,11 +63,12 @@ async function run(flags: Flags, command: Command): Promise<void> {
   process.on("SIGINT", onInterrupt);
   try {
     const speed = numberOf("--speed", flags.speed);
-    const limit = flags.limit === undefined ? undefined : numberOf("--limit", flags.limit);
-    const trace = await openTrace(flags.trace, traceOptions(flags, limit));
+    const trace = await openTrace(flags.trace, traceOptions(flags));
     const load = await summarizeLoad(trace.requests());
     for (const warning of trace.warnings()) console.error(`warning: ${warning}`);
-    console.error(describeLoad(trace, load, speed));
+    const lasting = `at speed ${speed} over ${(load.durationUs / 1e6 / speed).toFixed(1)} s`;
+    const line = loadLine(trace.file, trace.format, load);
+    console.error(speed === 1 ? line : `${line}; ${lasting}`);
     const progress = process.stderr.isTTY ? new Bar(load.requests) : new Lines(load.requests);
     let report: ReplayReport;
     try {
@@ -101,7 +90,9 @@ async function run(flags: Flags, command: Command): Promise<void> {
       progress.end();
     }
     process.stdout.write(formatReplayReport(report));
-    if (flags.json !== undefined) writeReport(flags.json, report);
+    if (flags.json !== undefined) {
+      writeFlagFile("--json", flags.json, `${JSON.stringify(report, null, 2)}\n`);
+    }
     process.exitCode = report.stopped ? 130 : report.ok === 0 ? 1 : 0;
   } catch (error) {
     if (error instanceof TraceError || error instanceof FlagError) {
@@ -114,68 +105,6 @@ async function run(flags: Flags, command: Command): Promise<void> {
     throw error;
   } finally {
     process.off("SIGINT", onInterrupt);
-  }
-}
-
-/** A flag whose value cannot be used. */
-class FlagError extends Error {
-  override readonly name = "FlagError";
-}
-
-function traceOptions(flags: Flags, limit: number | undefined): TraceOptions {
-  return {
-    ...(flags.format !== undefined && { format: flags.format }),
-    ...(flags.rawTimes === true && { spread: false }),
-    ...(flags.from !== undefined && { fromUs: durationUs("--from", flags.from) }),
-    ...(flags.to !== undefined && { toUs: durationUs("--to", flags.to) }),
-    ...(flags.copies !== undefined && { copies: numberOf("--copies", flags.copies) }),
-    ...(limit !== undefined && { limit }),
-  };
-}
-
-function numberOf(flag: string, text: string): number {
-  const value = text.trim() === "" ? Number.NaN : Number(text);
-  if (Number.isFinite(value)) return value;
-  throw new FlagError(`${flag} is ${JSON.stringify(text)}; it must be a number`);
-}
-
-const unitsUs: Readonly<Record<string, number>> = {
-  "": 1e6,
-  s: 1e6,
-  m: 60e6,
-  h: 3600e6,
-  d: 86_400e6,
-};
-
-function durationUs(flag: string, text: string): number {
-  const [, digits, unit = ""] = /^(\d+(?:\.\d+)?)([smhd]?)$/.exec(text.trim()) ?? [];
-  const unitUs = unitsUs[unit];
-  if (digits !== undefined && unitUs !== undefined) return Math.round(Number(digits) * unitUs);
-  throw new FlagError(
-    `${flag} is ${JSON.stringify(text)}; it must be a time like 90, 90s, 15m, 2h or 1d`,
-  );
-}
-
-function describeLoad(trace: Trace, load: LoadStatistics, speed: number): string {
-  const lasting = load.durationUs / 1e6;
-  const rate = load.ratePerSecond ?? 0;
-  const burstiness = load.cv === undefined ? "" : `, CV ${load.cv.toFixed(2)}`;
-  const { inputTokens, outputTokens } = load;
-  return (
-    `${trace.file} (${trace.format}): ${load.requests} requests over ${lasting.toFixed(1)} s, ` +
-    `${rate.toFixed(2)}/s${burstiness}; tokens in ${Math.round(inputTokens.mean)}, out ` +
-    `${Math.round(outputTokens.mean)} (means)` +
-    (speed === 1 ? "" : `; at speed ${speed} over ${(lasting / speed).toFixed(1)} s`)
-  );
-}
-
-function writeReport(file: string, report: ReplayReport): void {
-  try {
-    writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
-  } catch (error) {
-    throw new FlagError(
-      `--json ${file}: ${error instanceof Error ? error.message : String(error)}`,
-    );
   }
 }
 

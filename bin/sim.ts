@@ -6,7 +6,7 @@
  * actor crashed; 2 for bad input; 130 when stopped by ^C.
  */
 import { createHash } from "node:crypto";
-import { createReadStream, writeFileSync } from "node:fs";
+import { createReadStream } from "node:fs";
 import cliProgress from "cli-progress";
 import { Command } from "commander";
 import { strategyNames } from "../actors/node-score.ts";
@@ -21,7 +21,7 @@ import {
   type SimulationReport,
   simulationReport,
 } from "../sim/report.ts";
-import { runPage } from "../sim/run-page.ts";
+import { reportPage } from "../sim/report-page.ts";
 import {
   type SimulatedNode,
   Simulation,
@@ -30,29 +30,37 @@ import {
 } from "../sim/simulator.ts";
 import { parseSlo, type Slo, SloError } from "../sim/slo.ts";
 import { openTrace, TraceError, type TraceOptions } from "../sim/trace.ts";
-import { type TraceRequest, traceFormats } from "../sim/trace-rows.ts";
+import type { TraceRequest } from "../sim/trace-rows.ts";
 import { type LoadStatistics, summarizeLoad } from "../sim/trace-statistics.ts";
 import { explain } from "../transport/records.ts";
 import {
+  collect,
   durationUs,
+  endWithTwo,
   FlagError,
   numberOf,
   quoted,
   type SimulatedOptions,
   simulatedOptions,
+  writeFlagFile,
 } from "./flag-values.ts";
+import { articleCommand } from "./sim-article.ts";
+import { decisionsCommand } from "./sim-decisions.ts";
+import {
+  limitOf,
+  loadLine,
+  TRACE_DOC,
+  type TraceFlags,
+  traceOptions,
+  traceWords,
+  withTraceFlags,
+} from "./trace-flags.ts";
 
-type Flags = {
+type Flags = TraceFlags & {
   trace?: string;
   load?: string;
-  format?: string;
   speed?: string;
   rate?: string;
-  copies?: string;
-  limit?: string;
-  from?: string;
-  to?: string;
-  rawTimes?: boolean;
   nodes: string;
   law: string;
   kvBlocks?: string;
@@ -80,24 +88,18 @@ const COMPARABLE = ["router", "gateways", "nodes", "seed", "law", "faults"] as c
 type Comparable = (typeof COMPARABLE)[number];
 
 export function simCommand(): Command {
-  const collect = (value: string, before: string[]): string[] => [...before, value];
-  const command = new Command("sim")
+  const command = endWithTwo(new Command("sim"))
     .description(
       "run the gateway in virtual time on modelled GPUs, with a recorded or made-up load",
     )
-    .option("--trace <file>", "recorded load: a public trace, or the file of `serve --record`")
+    .option("--trace <file>", TRACE_DOC)
     .option(
       "--load <text>",
       'made-up load instead: "poisson:28/s in=512 out=256/0.8 for=10m", also gamma, daily, ramp, sessions',
     )
-    .option("--format <name>", `one of ${traceFormats.join(", ")} (else told from the file)`)
     .option("--speed <factor>", "2 plays a trace in half the time (default: 1)")
-    .option("--rate <count>", "speed a trace up or down to so many requests a second")
-    .option("--copies <count>", "superpose so many copies, shifted against each other (more users)")
-    .option("--limit <count>", "requests at most")
-    .option("--from <time>", "skip what came earlier in the trace: 90, 90s, 15m, 2h, 1d")
-    .option("--to <time>", "stop there in the trace's own time")
-    .option("--raw-times", "leave Mooncake's rounded times as they are instead of spreading them")
+    .option("--rate <count>", "speed a trace up or down to so many requests a second");
+  withTraceFlags(command)
     .option("--nodes <count>", "GPU nodes, named node-1, node-2 …", "8")
     .option("--law <name>", `the node: one of ${lawNames().join(", ")}, or a law file`, LAW)
     .option("--kv-blocks <count>", "KV memory of a node, blocks of 16 tokens (else the law's)")
@@ -122,10 +124,8 @@ export function simCommand(): Command {
     .option("--explain <id>", "print the whole story of one request: r1, r2 …")
     .option("--json <file>", "write the report there as well")
     .option("--html <file>", "write the report there as one page with plots");
-  // Commander ends with 1 for a flag that is missing or unknown: bad input, too.
-  command.exitOverride(({ code, exitCode }) => {
-    process.exit(code.startsWith("commander.") && exitCode === 1 ? 2 : exitCode);
-  });
+  command.enablePositionalOptions(); // As bin/headrace.ts does, for the level below.
+  command.addCommand(articleCommand()).addCommand(decisionsCommand());
   return command.action((flags: Flags) => run(flags, command));
 }
 
@@ -147,9 +147,9 @@ async function run(flags: Flags, command: Command): Promise<void> {
     process.stdout.write(reports.length > 1 ? formatComparison(reports) : formatSimulation(first));
     if (flags.json !== undefined) {
       const shown = reports.length > 1 ? reports : first;
-      write("--json", flags.json, `${JSON.stringify(shown, null, 2)}\n`);
+      writeFlagFile("--json", flags.json, `${JSON.stringify(shown, null, 2)}\n`);
     }
-    if (flags.html !== undefined) write("--html", flags.html, runPage(reports));
+    if (flags.html !== undefined) writeFlagFile("--html", flags.html, reportPage(reports));
     const isSound = reports.every(
       ({ crashes, counts }) => crashes.length === 0 && counts.completed > 0,
     );
@@ -396,12 +396,7 @@ async function described(
   sha256: string,
 ): Promise<Load> {
   const statistics = await summarizeLoad(requests());
-  const { durationUs: spanUs, ratePerSecond = 0, cv, inputTokens, outputTokens } = statistics;
-  const burstiness = cv === undefined ? "" : `, CV ${cv.toFixed(2)}`;
-  const text =
-    `${name} (${format}): ${statistics.requests} requests over ${(spanUs / 1e6).toFixed(1)} s, ` +
-    `${ratePerSecond.toFixed(2)}/s${burstiness}; tokens in ${Math.round(inputTokens.mean)}, out ` +
-    `${Math.round(outputTokens.mean)} (means)`;
+  const text = loadLine(name, format, statistics);
   const prefixBlockTokens = await blockTokensOf(requests());
   return { requests, statistics, prefixBlockTokens, format, sha256, text };
 }
@@ -426,25 +421,6 @@ function* firstOf(requests: Iterable<TraceRequest>, limit: number): Generator<Tr
   }
 }
 
-function limitOf({ limit }: Flags): number | undefined {
-  if (limit === undefined) return undefined;
-  const count = numberOf("--limit", limit);
-  if (Number.isInteger(count) && count >= 1) return count;
-  throw new FlagError(`--limit is ${limit}; it must be a whole number, 1 or more`);
-}
-
-function traceOptions(flags: Flags): TraceOptions {
-  const limit = limitOf(flags);
-  return {
-    ...(flags.format !== undefined && { format: flags.format }),
-    ...(flags.rawTimes === true && { spread: false }),
-    ...(flags.from !== undefined && { fromUs: durationUs("--from", flags.from) }),
-    ...(flags.to !== undefined && { toUs: durationUs("--to", flags.to) }),
-    ...(flags.copies !== undefined && { copies: numberOf("--copies", flags.copies) }),
-    ...(limit !== undefined && { limit }),
-  };
-}
-
 async function sha256Of(file: string): Promise<string> {
   const hash = createHash("sha256");
   for await (const chunk of createReadStream(file)) hash.update(chunk);
@@ -459,14 +435,9 @@ function commandText(flags: Flags): string {
   };
   add("--trace", flags.trace);
   add("--load", flags.load);
-  add("--format", flags.format);
   add("--speed", flags.speed, "1");
   add("--rate", flags.rate);
-  add("--copies", flags.copies);
-  add("--limit", flags.limit);
-  add("--from", flags.from);
-  add("--to", flags.to);
-  if (flags.rawTimes === true) words.push("--raw-times");
+  words.push(...traceWords(flags));
   add("--nodes", flags.nodes);
   add("--law", flags.law);
   add("--kv-blocks", flags.kvBlocks);
@@ -482,15 +453,6 @@ function commandText(flags: Flags): string {
   add("--config", flags.config);
   for (const pair of flags.set) add("--set", pair);
   return words.join(" ");
-}
-
-function write(flag: string, file: string, text: string): void {
-  try {
-    writeFileSync(file, text);
-  } catch (error) {
-    const reason = error instanceof Error ? error.message : String(error);
-    throw new FlagError(`${flag} ${file}: ${reason}`);
-  }
 }
 
 // ---- progress -----------------------------------------------------------------------------------------

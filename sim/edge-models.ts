@@ -33,6 +33,7 @@ import type { Clock, TimerHandle } from "../runtime/clock.ts";
 import type { Random } from "../runtime/random.ts";
 import type { NodeEvent } from "./gpu-node-model.ts";
 import type { NodeHost } from "./node-host.ts";
+import { NodeWays } from "./node-ways.ts";
 
 /** The way from an edge to the actors of its process. */
 export type EdgeHost = {
@@ -45,6 +46,8 @@ export type EdgeHost = {
 export type EdgeOptions = {
   /** From a gateway's decision until the request is in the engine: connection, HTTP, parsing. */
   connectUs: number;
+  /** Until a connection that does not come about is given up. */
+  connectUsMax: number;
   /** Until a failing server has answered with an error. */
   errorUs: number;
   /** Added by HTTP and client to each answer, and to each of its tokens; 0 until measured on a real one. */
@@ -58,6 +61,7 @@ export type EdgeOptions = {
 
 export const edgeDefaults: EdgeOptions = {
   connectUs: 500,
+  connectUsMax: 1_000_000,
   errorUs: 5000,
   httpUsPerRequest: 0,
   httpUsPerToken: 0,
@@ -76,6 +80,8 @@ export type Body = {
   model: string;
   /** Why the answer may not be kept; absent when it may. */
   notStorable?: string;
+  /** What a kept answer says; default nothing, for no actor reads it. Checkers know by it whose answer it is. */
+  text?: string;
 };
 
 /** Bodies by request, from the client's sending until the flight that it led is over. */
@@ -98,6 +104,7 @@ export class UpstreamModel implements Actor<UpstreamCommand> {
   readonly options: EdgeOptions;
   readonly host: EdgeHost;
   readonly data: DataPlane;
+  readonly ways: NodeWays;
   readonly #nodes: ReadonlyMap<NodeId, NodeHost>;
   readonly #attempts = new Map<LeaseId, Attempt>();
   readonly #onBeat = (): void => this.#beat();
@@ -112,12 +119,17 @@ export class UpstreamModel implements Actor<UpstreamCommand> {
     host: EdgeHost,
     data: DataPlane,
     nodes: ReadonlyMap<NodeId, NodeHost>,
+    ways: NodeWays = new NodeWays(),
   ) {
     this.#name = name;
     this.options = options;
     this.host = host;
     this.data = data;
     this.#nodes = nodes;
+    this.ways = ways;
+    ways.onChange = (node) => {
+      for (const attempt of this.#attempts.values()) attempt.onWayChanged(node);
+    };
   }
 
   /** Attempts running now. */
@@ -175,6 +187,10 @@ export class UpstreamModel implements Actor<UpstreamCommand> {
     const node = this.#nodes.get(probe.node);
     const answer = (answered: boolean, detail: string): void =>
       this.host.reply(probe.replyTo, { answered, detail });
+    if (!this.ways.isOpen(probe.node)) {
+      clock.schedule(this.options.connectUsMax, () => answer(false, "no connection in time"));
+      return;
+    }
     if (node?.isReachable !== true) return answer(false, "no connection");
     const error = node.faults.errors.find(({ share, random }) => random.next() < share);
     if (error !== undefined) return answer(error.status < 500, `status ${error.status}`);
@@ -215,6 +231,8 @@ class Attempt {
   /** Content stands still since then, and so many tokens were there; -1 while it flows. */
   #stillSinceUs = -1;
   #stillTokens = 0;
+  /** What the node sent while the way from it was blocked. */
+  #held: NodeEvent[] = [];
 
   constructor(start: Start, body: Body, node: NodeHost, edge: UpstreamModel) {
     this.#start = start;
@@ -244,6 +262,13 @@ class Attempt {
   #onConnected(): void {
     const node = this.#node;
     this.#step = undefined;
+    if (!this.#edge.ways.isOpen(node.name)) {
+      const { connectUs, connectUsMax } = this.#edge.options;
+      this.#later(Math.max(0, connectUsMax - connectUs), () =>
+        this.#fail("connect", "no connection in time"),
+      );
+      return;
+    }
     if (!node.isReachable) return this.#fail("connect", "connection refused");
     for (const { share, random, status } of node.faults.errors) {
       if (random.next() >= share) continue;
@@ -265,10 +290,25 @@ class Attempt {
   }
 
   onNodeEvent(event: NodeEvent): void {
+    if (this.#edge.ways.isFromOpen(this.#node.name)) this.#hear(event, event.atUs);
+    else this.#held.push(event);
+  }
+
+  /** A way between the gateway and a node opened or closed. */
+  onWayChanged(node: NodeId): void {
+    if (node !== this.#node.name) return;
+    if (!this.#edge.ways.isFromOpen(node)) return this.onStandStill();
+    this.#stillSinceUs = -1;
+    for (const event of this.#held.splice(0)) {
+      if (this.#state !== "over") this.#hear(event, this.#edge.host.clock.nowUs());
+    }
+  }
+
+  #hear(event: NodeEvent, atUs: number): void {
     const { httpUsPerRequest, httpUsPerToken } = this.#edge.options;
     switch (event.kind) {
       case "first_token":
-        this.#firstAtUs = event.atUs;
+        this.#firstAtUs = atUs;
         this.#cachedTokens = event.cachedTokens;
         if (httpUsPerRequest === 0) this.#postFirstToken();
         else this.#later(httpUsPerRequest, () => this.#postFirstToken());
@@ -286,7 +326,7 @@ class Attempt {
           "the connection was reset",
         );
       case "refused_never_fits":
-        return this.#failWithStatus(400);
+        return this.#fail("client_error", "prompt and max_tokens exceed the KV memory", 400);
       default:
         return unreachable(event);
     }
@@ -307,7 +347,7 @@ class Attempt {
 
   #finish(outputTokens: number): void {
     const { leaseId, replyTo } = this.#start;
-    const { promptTokens, model, notStorable } = this.#body;
+    const { promptTokens, model, notStorable, text } = this.#body;
     const decodeMs = (this.#edge.host.clock.nowUs() - this.#firstAtUs) / 1000;
     const cachedTokens = this.#cachedTokens;
     const { totals } = this.#node;
@@ -321,7 +361,7 @@ class Attempt {
       usage: { promptTokens, cachedTokens, outputTokens },
       decodeMs,
       ...(notStorable === undefined
-        ? { answer: answerOf(model, promptTokens, outputTokens) }
+        ? { answer: answerOf(model, promptTokens, outputTokens, text) }
         : { notStorable }),
     });
   }
@@ -356,7 +396,8 @@ class Attempt {
     }
     if (sinceStartUs >= usOf(totalMs)) return this.#fail("total_timeout", `after ${totalMs} ms`);
     if (this.#stillSinceUs >= 0) {
-      const flows = this.#node.producedTokens(leaseId) > this.#stillTokens;
+      const isHeard = this.#edge.ways.isFromOpen(this.#node.name);
+      const flows = isHeard && this.#node.producedTokens(leaseId) > this.#stillTokens;
       if (flows) this.#stillSinceUs = -1;
       else if (this.#edge.host.clock.nowUs() - this.#stillSinceUs >= usOf(stallMs)) {
         return this.#fail("stalled", `no token for ${stallMs} ms`);
@@ -377,7 +418,9 @@ class Attempt {
   }
 
   #leaveNode(): void {
-    if (this.#state === "running") this.#node.cancel(this.#start.leaseId);
+    if (this.#state !== "running") return;
+    if (this.#edge.ways.isToOpen(this.#node.name)) this.#node.cancel(this.#start.leaseId);
+    else this.#node.orphan(this.#start.leaseId);
   }
 
   #end(): void {
@@ -426,9 +469,15 @@ function failureOfStatus(status: number): UpstreamFailure {
   return status === 424 || status >= 500 ? "server_error" : "client_error";
 }
 
-function answerOf(model: string, promptTokens: number, outputTokens: number): StoredAnswer {
+function answerOf(
+  model: string,
+  promptTokens: number,
+  outputTokens: number,
+  text: string | undefined,
+): StoredAnswer {
   const bytes = Math.round(ANSWER_BYTES + BYTES_PER_TOKEN * outputTokens);
-  return { body: NO_BYTES, bytes, route: "chat", model, promptTokens, outputTokens };
+  const body = text === undefined ? NO_BYTES : new TextEncoder().encode(text);
+  return { body, bytes, route: "chat", model, promptTokens, outputTokens };
 }
 
 function usOf(ms: number): number {
@@ -448,6 +497,7 @@ export class ScraperModel implements Actor<ScraperCommand> {
   readonly #options: ScrapeOptions & { scrapeUs: number };
   readonly #host: EdgeHost;
   readonly #nodes: ReadonlyMap<NodeId, NodeHost>;
+  readonly #ways: NodeWays;
   readonly #random: Random;
   readonly #watches = new Map<NodeId, NodeWatch>();
 
@@ -456,11 +506,13 @@ export class ScraperModel implements Actor<ScraperCommand> {
     host: EdgeHost,
     nodes: ReadonlyMap<NodeId, NodeHost>,
     random: Random,
+    ways: NodeWays = new NodeWays(),
   ) {
     this.#options = options;
     this.#host = host;
     this.#nodes = nodes;
     this.#random = random;
+    this.#ways = ways;
   }
 
   receive(command: ScraperCommand): void {
@@ -470,7 +522,8 @@ export class ScraperModel implements Actor<ScraperCommand> {
         const node = this.#nodes.get(command.node);
         if (node === undefined) return;
         const random = this.#random.split(command.node);
-        const watch = new NodeWatch(node, command.replyTo, this.#options, this.#host, random);
+        const { replyTo } = command;
+        const watch = new NodeWatch(node, replyTo, this.#options, this.#host, random, this.#ways);
         this.#watches.set(command.node, watch);
         return;
       }
@@ -498,6 +551,7 @@ class NodeWatch {
   readonly #options: ScrapeOptions & { scrapeUs: number };
   readonly #host: EdgeHost;
   readonly #random: Random;
+  readonly #ways: NodeWays;
   readonly #onMetrics = (): void => this.#readMetrics();
   readonly #onHealth = (): void => this.#checkHealth();
   readonly #onArrived = (): void => this.#deliver();
@@ -513,8 +567,10 @@ class NodeWatch {
     options: ScrapeOptions & { scrapeUs: number },
     host: EdgeHost,
     random: Random,
+    ways: NodeWays,
   ) {
     this.#node = node;
+    this.#ways = ways;
     this.#to = to;
     this.#options = options;
     this.#host = host;
@@ -543,7 +599,7 @@ class NodeWatch {
   #readMetrics(): void {
     const node = this.#node;
     this.#send(
-      node.isReachable
+      this.#isReachable()
         ? { kind: "scraper.sampled", sample: sampleOf(node) }
         : { kind: "scraper.failed", reason: "no connection" },
     );
@@ -551,9 +607,13 @@ class NodeWatch {
   }
 
   #checkHealth(): void {
-    const ok = this.#node.isReachable;
+    const ok = this.#isReachable();
     this.#send({ kind: "scraper.health", ok, detail: ok ? "status 200" : "no connection" });
     this.#healthTimer = this.#after(this.#options.healthIntervalMs, this.#onHealth);
+  }
+
+  #isReachable(): boolean {
+    return this.#node.isReachable && this.#ways.isOpen(this.#node.name);
   }
 
   #after(intervalMs: number, fn: () => void): TimerHandle {
@@ -640,7 +700,10 @@ export class FrontModel implements Actor<FrontCommand> {
         return;
       case "front.requests_lost":
         // The first one tells only that the request actor has started.
-        if (this.#requestsStarted) this.#clients.onRequestsLost();
+        if (this.#requestsStarted) {
+          this.#clients.onRequestsLost();
+          this.#data.clear();
+        }
         this.#requestsStarted = true;
         return;
       default:

@@ -2,8 +2,9 @@
  * What goes wrong in a simulation, and when: as data, and as the text that a person writes.
  *
  *   crash node-3 at 60s for 30s; slow node-1 x2 at 10s for 20s; errors node-1 503 p=0.5 at 2m for 30s
- *   partition gw-1 gw-2 at 30s for 10s; reset-link gw-1 gw-2 at 1m; gateway gw-2 crash at 90s for 20s
- *   leave 50% at 30s; store down at 1m for 1m
+ *   partition gw-1 gw-2 at 30s for 10s; partition gw-1 to node-2 at 30s for 10s; reset-link gw-1 gw-2 at 1m
+ *   gateway gw-2 crash at 90s for 20s; actor gw-1/router crash at 20s; actor nodes/node-2 crash at 25s
+ *   skew gw-1 5s at 10s; drift gw-2 x1.1 at 10s for 1m; leave 50% at 30s; store down at 1m for 1m
  *
  * Every clause is `what … at TIME [for DURATION]`; without `for` it lasts to the end. Pure: simulator.ts applies
  * them. `faultText` writes a fault back in the same language, so that a run can be repeated from its report; the
@@ -26,12 +27,25 @@ export type Fault =
   | Timed<{ kind: "cut"; node: string; share: number }>
   /** KV memory shrinks to a share of what it was. */
   | Timed<{ kind: "kv"; node: string; share: number }>
-  /** Nothing gets from one gateway to another; `isOneWay`: from the first to the second only. */
+  /**
+   * Nothing gets from one side to the other; `isOneWay`: from the first to the second only. Two gateways, or a
+   * gateway and a node: then connections cannot be made, and what runs already is heard of no more (from the node)
+   * or cannot be stopped (to the node).
+   */
   | Timed<{ kind: "partition"; from: string; to: string; isOneWay: boolean }>
   /** The connection between two gateways breaks, with all that is on it, and is made again. */
   | { kind: "reset-link"; from: string; to: string; atUs: number }
   /** The process ends without a word: its clients and its streams with it. */
   | Timed<{ kind: "gateway"; gateway: string }>
+  /**
+   * One actor throws at its next message, which is lost, and its supervisor restarts it; an edge loses none. It is
+   * named by its path, but a node's actor, wherever it lives, as nodes/NAME.
+   */
+  | { kind: "actor"; actor: string; atUs: number }
+  /** The clock of a process jumps ahead, and stays there: a machine that slept. Timers then due fire at once. */
+  | { kind: "skew"; gateway: string; aheadUs: number; atUs: number }
+  /** The clock of a process runs `factor` times as fast as time; what it gained or lost stays. */
+  | Timed<{ kind: "drift"; gateway: string; factor: number }>
   /** A share of the clients that wait or read goes away. */
   | { kind: "leave"; share: number; atUs: number }
   /** The shared store refuses, or takes questions and does not answer. */
@@ -54,9 +68,12 @@ const forms: readonly (readonly [string, string])[] = [
   ["errors", "errors NODE STATUS [p=SHARE] at TIME [for DURATION]"],
   ["cut", "cut NODE [p=SHARE] at TIME [for DURATION]"],
   ["kv", "kv NODE SHARE% at TIME [for DURATION]"],
-  ["partition", "partition GATEWAY [to] GATEWAY at TIME [for DURATION]"],
+  ["partition", "partition GATEWAY|NODE [to] GATEWAY|NODE at TIME [for DURATION]"],
   ["reset-link", "reset-link GATEWAY GATEWAY at TIME"],
   ["gateway", "gateway GATEWAY crash at TIME [for DURATION]"],
+  ["actor", "actor GATEWAY/ACTOR|nodes/NODE crash at TIME"],
+  ["skew", "skew GATEWAY DURATION at TIME"],
+  ["drift", "drift GATEWAY xFACTOR at TIME [for DURATION]"],
   ["leave", "leave SHARE% at TIME"],
   ["store", "store down|hang at TIME [for DURATION]"],
 ];
@@ -94,7 +111,7 @@ function parseClause(clause: string): Fault {
   if (forUs === 0) throw wrong("it lasts no time");
   const fault = faultOf(name, reader, { atUs, forUs });
   reader.end();
-  if (forUs !== null && (fault.kind === "reset-link" || fault.kind === "leave")) {
+  if (forUs !== null && !("forUs" in fault)) {
     throw wrong("it happens once and takes no duration");
   }
   return fault;
@@ -121,9 +138,9 @@ function faultOf(
     case "kv":
       return { kind: "kv", node: reader.name("a node"), share: reader.percent(), ...time };
     case "partition": {
-      const from = reader.name("a gateway");
+      const from = reader.name("a gateway or node");
       const isOneWay = reader.word("to");
-      return { kind: "partition", from, to: reader.name("a gateway"), isOneWay, ...time };
+      return { kind: "partition", from, to: reader.name("a gateway or node"), isOneWay, ...time };
     }
     case "reset-link":
       return {
@@ -137,6 +154,20 @@ function faultOf(
       reader.need("crash");
       return { kind: "gateway", gateway, ...time };
     }
+    case "actor": {
+      const actor = reader.path("an actor");
+      reader.need("crash");
+      return { kind: "actor", actor, atUs: time.atUs };
+    }
+    case "skew":
+      return {
+        kind: "skew",
+        gateway: reader.name("a gateway"),
+        aheadUs: reader.duration(),
+        atUs: time.atUs,
+      };
+    case "drift":
+      return { kind: "drift", gateway: reader.name("a gateway"), factor: reader.factor(), ...time };
     case "leave":
       return { kind: "leave", share: reader.percent(), atUs: time.atUs };
     case "store": {
@@ -164,9 +195,24 @@ class ClauseReader {
   }
 
   name(what: string): string {
+    return this.#matching(/^[A-Za-z0-9][\w.:-]*$/, what);
+  }
+
+  /** Names joined by "/". */
+  path(what: string): string {
+    return this.#matching(/^[A-Za-z0-9][\w.:-]*(\/[A-Za-z0-9][\w.:-]*)+$/, what);
+  }
+
+  #matching(pattern: RegExp, what: string): string {
     const word = this.#words.shift();
-    if (word !== undefined && /^[A-Za-z0-9][\w.:-]*$/.test(word)) return word;
+    if (word !== undefined && pattern.test(word)) return word;
     throw this.#wrong(word === undefined ? `${what} is missing` : `${quoted(word)} is not ${what}`);
+  }
+
+  duration(): number {
+    const us = timeUs(this.#words.shift() ?? "", this.#wrong);
+    if (us > 0) return us;
+    throw this.#wrong("it moves the clock by nothing");
   }
 
   /** True, and read, if it comes next. */
@@ -262,6 +308,12 @@ export function subjectText(fault: Fault): string {
       return `reset-link ${fault.from} ${fault.to}`;
     case "gateway":
       return `gateway ${fault.gateway} crash`;
+    case "actor":
+      return `actor ${fault.actor} crash`;
+    case "skew":
+      return `skew ${fault.gateway} ${timeText(fault.aheadUs)}`;
+    case "drift":
+      return `drift ${fault.gateway} x${fault.factor}`;
     case "leave":
       return `leave ${percentOf(fault.share)}%`;
     case "store":
@@ -281,6 +333,18 @@ function timeText(us: number): string {
   return us % 1_000_000 === 0 ? `${us / 1_000_000}s` : `${us / 1000}ms`;
 }
 
+/** Actors of every process, beside those of the nodes; `cache/0` stands for every shard. */
+const actors = [
+  "edges/front",
+  "edges/upstream",
+  "edges/scraper",
+  "edges/store",
+  "cache/0",
+  "limiter",
+  "router",
+  "requests",
+];
+
 /** Throws FaultError for a name that the simulation does not have. */
 export function checkFaults(
   faults: readonly Fault[],
@@ -288,20 +352,31 @@ export function checkFaults(
   gateways: readonly string[],
 ): void {
   for (const fault of faults) {
+    const wrong = (what: string) => new FaultError(`fault ${quoted(faultText(fault))}: ${what}`);
     const need = (name: string, known: readonly string[], what: string) => {
       if (known.includes(name)) return;
       const shown = known.length > 12 ? `${known.slice(0, 12).join(", ")} …` : known.join(", ");
-      throw new FaultError(
-        `fault ${quoted(faultText(fault))}: there is no ${what} ${quoted(name)}; known: ${shown}`,
-      );
+      throw wrong(`there is no ${what} ${quoted(name)}; known: ${shown}`);
     };
     if ("node" in fault) need(fault.node, nodes, "node");
-    if (fault.kind === "gateway") need(fault.gateway, gateways, "gateway");
+    if ("gateway" in fault) need(fault.gateway, gateways, "gateway");
+    if (fault.kind === "actor") {
+      const [root = "", ...rest] = fault.actor.split("/");
+      if (root === "nodes") need(rest.join("/"), nodes, "node");
+      else {
+        need(root, gateways, "gateway");
+        need(rest.join("/").replace(/^cache\/[0-7]$/, "cache/0"), actors, "actor");
+      }
+    }
     if (fault.kind !== "partition" && fault.kind !== "reset-link") continue;
-    need(fault.from, gateways, "gateway");
-    need(fault.to, gateways, "gateway");
-    if (fault.from === fault.to) {
-      throw new FaultError(`fault ${quoted(faultText(fault))}: it names one gateway twice`);
+    const ends = [fault.from, fault.to];
+    if (fault.from === fault.to) throw wrong("it names one gateway twice");
+    const known = fault.kind === "partition" ? [...gateways, ...nodes] : gateways;
+    for (const end of ends) {
+      need(end, known, fault.kind === "partition" ? "gateway or node" : "gateway");
+    }
+    if (!ends.some((end) => gateways.includes(end))) {
+      throw wrong("nodes do not talk to each other; one end must be a gateway");
     }
   }
 }

@@ -57,6 +57,21 @@ export type NodeTotals = {
   outputTokens: number;
 };
 
+/** Sees what happens on a node; for checkers. It may look at the node, and must change nothing on it. */
+export type NodeObserver = {
+  onSubmitted(node: NodeHost, request: NodeRequest): void;
+  /** Nobody waits for it any more; its generation was stopped, unless `isOrphan`. */
+  onCancelled(node: NodeHost, id: string, isOrphan: boolean): void;
+  onNodeEvent(node: NodeHost, event: NodeEvent): void;
+  /** The engine has run to now, and everyone was told. */
+  onSettled(node: NodeHost): void;
+};
+
+/** Makes the engine of a node; for canaries, whose engines have faults. */
+export type MakeNodeModel = (options: NodeModelOptions) => GpuNodeModel;
+
+const nobody: NodeListener = { onNodeEvent() {}, onStandStill() {} };
+
 /** Share of the newest answer in the mean latency that the article's nodes report. */
 const LATENCY_ALPHA = 0.1;
 
@@ -76,6 +91,7 @@ export class NodeHost {
   readonly #kvBlocks: number;
   /** Of this very node, for as long as it lives. */
   readonly #slowFactor: number;
+  readonly #observer: NodeObserver | undefined;
   readonly #listeners = new Map<string, { listener: NodeListener; sinceUs: number }>();
   readonly #onWake = (): void => {
     this.#wake = undefined;
@@ -97,12 +113,14 @@ export class NodeHost {
     metrics: "vllm" | "article",
     options: NodeModelOptions & { slowFactor: number },
     clock: Clock,
+    instruments: { nodes?: NodeObserver; makeNodeModel?: MakeNodeModel } = {},
   ) {
     this.name = name;
     this.models = models;
     this.metrics = metrics;
     this.#clock = clock;
-    this.#model = new GpuNodeModel(options);
+    this.#observer = instruments.nodes;
+    this.#model = instruments.makeNodeModel?.(options) ?? new GpuNodeModel(options);
     this.#kvBlocks = options.kvBlocks ?? options.law.kvBlocks;
     this.#slowFactor = options.slowFactor;
     this.#model.setSlowFactor(options.slowFactor, 0);
@@ -139,6 +157,7 @@ export class NodeHost {
     this.totals.attempts++;
     const sinceUs = this.#clock.nowUs();
     this.#listeners.set(request.id, { listener, sinceUs });
+    this.#observer?.onSubmitted(this, request);
     this.#model.submit(request, sinceUs);
     this.#settle();
   }
@@ -146,8 +165,17 @@ export class NodeHost {
   /** Nothing more is told of the request. */
   cancel(id: string): void {
     if (!this.#listeners.delete(id)) return;
+    this.#observer?.onCancelled(this, id, false);
     this.#model.cancel(id, this.#clock.nowUs());
     this.#settle();
+  }
+
+  /** Given up by someone whom the node cannot hear: it runs to its end, and nobody is told. */
+  orphan(id: string): void {
+    const waiting = this.#listeners.get(id);
+    if (waiting === undefined) return;
+    this.#observer?.onCancelled(this, id, true);
+    this.#listeners.set(id, { ...waiting, listener: nobody });
   }
 
   /** Tokens that a request has produced by now. */
@@ -209,7 +237,12 @@ export class NodeHost {
     if (this.#faults.isHung) this.#model.hang(nowUs);
   }
 
-  /** Throws an Error that names the first broken invariant of the engine. */
+  /** Throws an Error that names the first broken invariant of the engine as it stands. */
+  checkEngine(): void {
+    this.#model.assertInvariants();
+  }
+
+  /** Runs the engine to now, and does the same. */
   assertInvariants(): void {
     this.#settle();
     this.#model.assertInvariants();
@@ -228,6 +261,11 @@ export class NodeHost {
     const nowUs = this.#clock.nowUs();
     for (const event of this.#model.advance(nowUs)) this.#tell(event);
     this.#account();
+    this.#arm(nowUs);
+    this.#observer?.onSettled(this);
+  }
+
+  #arm(nowUs: number): void {
     const nextUs = this.#model.nextEventAtUs();
     if (nextUs === this.#wake?.atUs) return;
     if (this.#wake !== undefined) this.#clock.cancel(this.#wake);
@@ -238,6 +276,7 @@ export class NodeHost {
   }
 
   #tell(event: NodeEvent): void {
+    this.#observer?.onNodeEvent(this, event);
     const waiting = this.#listeners.get(event.id);
     if (waiting === undefined) return;
     const { listener, sinceUs } = waiting;

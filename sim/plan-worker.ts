@@ -13,6 +13,7 @@ import type { StepLaw } from "./laws.ts";
 import { burstLoad, compressedLoad, grownLoad, resampledLoad } from "./load-scaling.ts";
 import type { RunSummary } from "./plan-report.ts";
 import type { LoadChange, PlanCase } from "./planner.ts";
+import { cacheHits } from "./report.ts";
 import { latencySummary } from "./run-books.ts";
 import { type SimulatedNode, type SimulationResult, simulate } from "./simulator.ts";
 import type { Objective, Slo } from "./slo.ts";
@@ -58,7 +59,7 @@ export function runPlanCase(setup: PlanSetup, one: PlanCase): RunSummary {
     imbalance: imbalanceOf(result),
     preemptions: result.nodes.reduce((sum, { preemptions }) => sum + preemptions, 0),
     retries: result.retries,
-    cacheHitShare: hitsOf(result) / Math.max(1, result.counts.arrived),
+    cacheHitShare: cacheHits(result.cache) / Math.max(1, result.counts.arrived),
     series: one.withSeries ? result.series : null,
     wallMs: performance.now() - startedMs,
   };
@@ -131,10 +132,6 @@ function latencyOf(result: SimulationResult, metric: "ttft" | "tpot" | "e2e" | "
 /** Without a latency limit every answered request attains what was asked. */
 function attainmentOf({ attainment, counts }: SimulationResult): number {
   return attainment ?? counts.completed / Math.max(1, counts.arrived);
-}
-
-function hitsOf({ cache }: SimulationResult): number {
-  return (cache.hit_exact ?? 0) + (cache.joined ?? 0);
 }
 
 /** Most work on one node ÷ the mean, over nodes of the same law; the largest over the laws. */

@@ -27,7 +27,7 @@ import {
   whatIfText,
   whatIfValue,
 } from "./plan-report.ts";
-import type { SimulationReport } from "./report.ts";
+import { cacheHits, type SimulationReport } from "./report.ts";
 import type { SimulatedNodeResult } from "./simulator.ts";
 import { durationText, limitText, percentText } from "./slo.ts";
 import { VERDICT_MEANINGS } from "./statistics.ts";
@@ -158,7 +158,7 @@ function runTable(runs: readonly SimulationReport[]): string {
       .join(", "),
   );
   add("answered by the cache", ({ cache, counts }) =>
-    percentText(((cache.hit_exact ?? 0) + (cache.joined ?? 0)) / Math.max(1, counts.arrived)),
+    percentText(cacheHits(cache) / Math.max(1, counts.arrived)),
   );
   add("prompt tokens in prefix caches", ({ prefixHitShare }) => percentText(prefixHitShare));
   add("retries by the gateway / by clients", (run) => `${run.retries} / ${run.clientRetries}`);
@@ -590,7 +590,7 @@ export function seriesCharts(series: RunSeries, limits: NonNullable<Chart["limit
     {
       title: "How full the nodes are",
       caption:
-        "Share of time in steps, and share of KV memory in use: means over the nodes that are up.",
+        "Share of time in steps, and share of KV memory in use: means over all nodes, up or not.",
       x: time,
       y: { label: "share", format: wholePercent, min: 0, max: 1.02 },
       lines: [
@@ -688,12 +688,12 @@ function wholePercent(share: number): string {
 // ---- the page -----------------------------------------------------------------------------------
 
 /** A part of a page; `inner` is markup. */
-export function section(title: string, inner: string): string {
+function section(title: string, inner: string): string {
   return `<section><h2>${escaped(title)}</h2>${inner}</section>`;
 }
 
 /** A part of a page that holds charts; nothing where there is none. */
-export function charts(title: string, all: readonly Chart[]): string {
+function charts(title: string, all: readonly Chart[]): string {
   if (all.length === 0) return "";
   const figures = all.map(
     (chart) =>
@@ -704,7 +704,7 @@ export function charts(title: string, all: readonly Chart[]): string {
 }
 
 /** A whole page; `body` is markup. */
-export function page(title: string, body: string): string {
+function page(title: string, body: string): string {
   return [
     "<!doctype html>",
     '<html lang="en"><head><meta charset="utf-8">',
@@ -743,7 +743,7 @@ tr.answer td{font-weight:650;background:color-mix(in srgb,var(--good) 14%,var(--
 .met{color:var(--good)}.missed{color:var(--bad)}.unclear{color:var(--warn)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
 figure{margin:0;padding:12px 12px 6px;border:1px solid var(--rule);border-radius:6px;min-width:0}
-.bar{display:inline-block;width:90px;height:8px;background:var(--rule);border-radius:4px;overflow:hidden;margin-right:6px}
+.bar{display:inline-block;width:60px;height:8px;background:var(--rule);border-radius:4px;overflow:hidden;margin-right:6px}
 .bar i{display:block;height:100%;background:var(--c0)}
 figcaption{font-size:13px;min-height:40px}figcaption b{color:var(--text);font-size:15px}
 svg{display:block;width:100%;height:auto;font:11px system-ui,-apple-system,"Segoe UI",sans-serif}
@@ -758,5 +758,5 @@ text.mark.fault{fill:var(--c4)}text.mark.answer{fill:var(--good)}
 ${[0, 1, 2, 3, 4, 5].map((n) => `.c${n}{stroke:var(--c${n})}text.c${n}{fill:var(--c${n});stroke:none}circle.c${n}{fill:var(--c${n})}`).join("")}
 circle.hollow{fill:var(--bg);stroke-width:1.8}
 @media(max-width:600px){.wrapped td{white-space:normal}.wrapped td:first-child{min-width:40vw}main{padding:12px 10px 32px}}
-pre{overflow-x:auto;background:var(--card);border-radius:6px;padding:12px;font-size:12.5px}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border-radius:6px;padding:12px;font-size:12.5px}
 `;

@@ -182,7 +182,7 @@ function latencyLines({ ttftMs, tpotMs, e2eMs, queueMs }: SimulationReport): str
       ? ["–", "–", "–", "–", "–"]
       : [summary.mean, summary.p50, summary.p90, summary.p99, summary.max].map(durationText)),
   ];
-  return table([
+  return textTable([
     ["", "mean", "p50", "p90", "p99", "max"],
     row("TTFT", ttftMs),
     row("TPOT", tpotMs),
@@ -199,7 +199,7 @@ function outcomeLines(report: SimulationReport): string[] {
     .filter(([code]) => code !== "ok")
     .sort(([, left], [, right]) => right - left)
     .map(([code, count]) => `${code} ${count}`);
-  const hits = (cache.hit_exact ?? 0) + (cache.joined ?? 0);
+  const hits = cacheHits(cache);
   const lines = [
     `outcomes   ok ${counts.completed}${share(counts.completed)}, refused ${counts.refused}, failed ${counts.failed}, ` +
       `left ${counts.left}, unfinished ${counts.unfinished}`,
@@ -216,6 +216,11 @@ function outcomeLines(report: SimulationReport): string[] {
   const lost = Object.entries(report.deadLetters).map(([name, count]) => `${name} ${count}`);
   if (lost.length > 0) lines.push(`dead mail  ${lost.join(", ")}`);
   return lines;
+}
+
+/** Requests that took no pass of their own over a node: answered from the cache, or joined to an equal one. */
+export function cacheHits(cache: Readonly<Record<string, number>>): number {
+  return (cache.hit_exact ?? 0) + (cache.hit_semantic ?? 0) + (cache.joined ?? 0);
 }
 
 /** Nodes listed one by one up to here; of more, the ends and the middle. */
@@ -240,7 +245,7 @@ function nodeLines({ nodes, gateways }: SimulationReport): string[] {
       ? []
       : [`gateways   ${gateways.map(({ name, requests }) => `${name} ${requests}`).join(", ")}`];
   const head = ["node", "attempts", "share", "busy", "KV peak", "preempted", "ejected"];
-  return [...table([head, ...rows]), ...more, ...spread];
+  return [...textTable([head, ...rows]), ...more, ...spread];
 }
 
 const bars = " ▁▂▃▄▅▆▇█";
@@ -272,7 +277,7 @@ function timelineLines(series: SimulationSeries): string[] {
   const marks = series.marks.slice(0, 20).map(({ atMs, text }) => `${durationText(atMs)} ${text}`);
   return [
     `over time, 0 to ${durationText(seconds * 1000)}`,
-    ...table(rows),
+    ...textTable(rows),
     ...(marks.length === 0 ? [] : [`marks      ${marks.join("; ")}`]),
     "",
   ];
@@ -338,15 +343,15 @@ export function formatComparison(reports: readonly SimulationReport[]): string {
   });
   add("verdict", ({ verdict }) => verdict);
   add("hash", ({ hash }) => hash);
-  return `${table(rows).join("\n")}\n`;
+  return `${textTable(rows).join("\n")}\n`;
 }
 
 function percent(share: number): string {
   return `${(share * 100).toFixed(1)} %`;
 }
 
-/** Columns, the first to the left, the others to the right. */
-function table(rows: readonly (readonly string[])[]): string[] {
+/** Lines of columns, the first to the left, the others to the right. */
+export function textTable(rows: readonly (readonly string[])[]): string[] {
   const widths: number[] = [];
   for (const row of rows) {
     row.forEach((cell, index) => {

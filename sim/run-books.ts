@@ -158,7 +158,7 @@ export class RunBooks {
     const { code, outcome, cache } = record;
     const window = this.#windowAt(atUs);
     window.ended++;
-    if (cache === "hit_exact" || cache === "joined") window.hits++;
+    if (cache === "hit_exact" || cache === "hit_semantic" || cache === "joined") window.hits++;
     if (this.#counts(atUs)) {
       addTo(this.codes, outcome === "ok" ? "ok" : (code ?? outcome));
       addTo(this.cache, cache);

@@ -15,12 +15,27 @@
  * Only node models know how long an answer will be. The composition stands here; edges in edge-models.ts, the network
  * in network.ts, faults in faults.ts, books in run-books.ts.
  */
-import { GatewayRefs, type GatewaySettings, gatewayTree, nodeSpec } from "../actors/gateway.ts";
-import type { GpuNodeEvent } from "../actors/gpu-node.ts";
+import {
+  GatewayRefs,
+  type GatewaySettings,
+  gatewayTree,
+  type NodeSettings,
+  nodeSpec,
+} from "../actors/gateway.ts";
+import type { GpuNodeEvent, GpuNodeMessage } from "../actors/gpu-node.ts";
 import type { CircuitState, NodeId, RequestFacts, RequestRecord } from "../actors/protocol.ts";
 import type { RequestFinished } from "../actors/request.ts";
-import type { RuntimeEvent } from "../runtime/actor.ts";
-import { SimClock, type TimerHandle } from "../runtime/clock.ts";
+import type {
+  Actor,
+  ActorRef,
+  AskOutcome,
+  ChildSpec,
+  Context,
+  ReplyTo,
+  RuntimeEvent,
+  SupervisorSpec,
+} from "../runtime/actor.ts";
+import { type Clock, SimClock, type TimerHandle } from "../runtime/clock.ts";
 import { Random } from "../runtime/random.ts";
 import { SimScheduler } from "../runtime/sim-scheduler.ts";
 import {
@@ -28,6 +43,7 @@ import {
   createSystem,
   type Envelope,
   type SystemEvent,
+  type SystemStats,
 } from "../runtime/system.ts";
 import {
   type KeyOptions,
@@ -52,10 +68,22 @@ import {
 } from "./edge-models.ts";
 import { checkFaults, type Fault, faultText, subjectText } from "./faults.ts";
 import type { Histogram } from "./histogram.ts";
+import type { Mail } from "./interposer.ts";
 import { KV_BLOCK_TOKENS, type StepLaw } from "./laws.ts";
 import { Network, type NetworkOptions, networkDefaults, type Peer } from "./network.ts";
-import { NodeHost, type NodeTotals, noFaults, type SharedFault } from "./node-host.ts";
+import {
+  type MakeNodeModel,
+  NodeHost,
+  type NodeObserver,
+  type NodeTotals,
+  noFaults,
+  type SharedFault,
+} from "./node-host.ts";
+import { NodeWays } from "./node-ways.ts";
+import { crashMail, Mortal, PlannedCrash } from "./planned-crash.ts";
+import { ProcessClock } from "./process-clock.ts";
 import { type Measured, type OutcomeCounts, RunBooks, type SimulationSeries } from "./run-books.ts";
+import type { Found, SemanticLookup } from "./semantic-model.ts";
 import type { Slo } from "./slo.ts";
 import type { RunEvidence } from "./statistics.ts";
 import type { TraceRequest } from "./trace-rows.ts";
@@ -105,6 +133,8 @@ export type SimulationSpec = {
   network?: Partial<NetworkOptions>;
   /** With the shared store behind the caches; default: when the options name a Redis. */
   hasStore?: boolean;
+  /** A modelled lookup by meaning before the cache; one gateway only, since it knows of one cache. */
+  semantic?: SemanticLookup;
   /** For `attainment`; latency limits only. */
   slo?: Slo;
   /** By arrival; default: everything. */
@@ -117,6 +147,37 @@ export type SimulationSpec = {
   onRecord?: (record: RequestRecord, gateway: string) => void;
   /** How long to go on after the last arrival while requests are open, µs; default: the longest request's time. */
   drainUsMax?: number;
+  instruments?: Instruments;
+};
+
+/**
+ * What checkers and canaries see of a run, and change in it, from outside: no part of a gateway. Absent instruments
+ * cost nothing; those that only look change no bit of a run.
+ */
+export type Instruments = {
+  /** Stands around an actor from its start; `path` begins with the gateway's name. Called for each incarnation. */
+  wrap?: (path: string, actor: Actor<Mail>) => Actor<Mail>;
+  /** A client sends; the facts may still be changed. */
+  onSent?: (facts: RequestFacts, request: TraceRequest, gateway: string) => void;
+  /** What a node's answer says, should it be kept. */
+  textOf?: (facts: RequestFacts, request: TraceRequest) => string;
+  onClientLeft?: (requestId: string) => void;
+  /** All clients of a gateway lost their requests: `gateway_down`, or `internal` at a restart of its requests. */
+  onClientsLost?: (gateway: string, code: string) => void;
+  onEvent?: (event: SystemEvent | RuntimeEvent, gateway: string) => void;
+  nodes?: NodeObserver;
+  makeNodeModel?: MakeNodeModel;
+};
+
+/** What is left in one gateway process, as its actors and its edges say; plain data. */
+export type ProcessAudit = {
+  gateway: string;
+  /** Of each actor's `describe`, by the actor's path below the gateway; absent: it did not answer. */
+  descriptions: ReadonlyMap<string, unknown>;
+  /** Attempts and bodies that the edges hold. */
+  attempts: number;
+  bodies: number;
+  stats: SystemStats;
 };
 
 export type SimulatedNodeResult = NodeTotals & {
@@ -152,6 +213,8 @@ export type SimulationResult = {
   attainment?: number;
   /** Requests by the cache's part in them. */
   cache: Readonly<Record<string, number>>;
+  /** Of the hits by meaning, those that another answer would have been right for; only a model can know. */
+  wrongHits: number;
   attempts: number;
   retries: number;
   clientRetries: number;
@@ -218,6 +281,8 @@ type Client = {
   patience: TimerHandle | undefined;
   isFollowing: boolean;
   retryAfterMs: number | undefined;
+  /** What the lookup by meaning has found for it. */
+  readonly found: Found | undefined;
 };
 
 export class Simulation {
@@ -240,6 +305,9 @@ export class Simulation {
   readonly #faultRandoms = new Map<Fault, Random>();
   readonly #circuits = new Map<NodeId, CircuitState>();
   readonly #ejections = new Map<NodeId, number>();
+  /** Of the processes whose clock may go wrong. */
+  readonly #ownClocks = new Map<string, ProcessClock>();
+  readonly #doomed: Set<string> | undefined;
   readonly #busyUs: number[];
   readonly #measuredBusyUs: number[];
   #measuredUs = 0;
@@ -249,6 +317,7 @@ export class Simulation {
   #lastAtUs = 0;
   #isDraining = false;
   #clientRetries = 0;
+  #wrongHits = 0;
   #retriesPending = 0;
   #lateAttaches = 0;
   #lastId = 0;
@@ -269,11 +338,18 @@ export class Simulation {
         `${spec.nodes.length} nodes are given; accepted: 1 to ${NODES_MAX}`,
       );
     }
+    if (spec.semantic !== undefined && gateways > 1) {
+      throw new SimulationError(
+        `a lookup by meaning is given with ${gateways} gateways; it knows of one cache, so accepted is 1`,
+      );
+    }
     const seed = spec.seed ?? 1;
     const names = spec.nodes.map(({ name }, index) => name ?? `node-${index + 1}`);
     const roots = Array.from({ length: gateways }, (_, index) => `gw-${index + 1}`);
     checkFaults(spec.faults ?? [], names, roots);
     this.#spec = spec;
+    this.#doomed =
+      spec.faults?.some(({ kind }) => kind === "actor") === true ? new Set() : undefined;
     this.#options = optionsOf(spec, names);
     this.#keys = this.#options.keys;
     this.#random = new Random(seed).split("simulation");
@@ -343,6 +419,30 @@ export class Simulation {
     return this.#result();
   }
 
+  /** The client goes away, if its request is still open. */
+  leave(requestId: string): void {
+    const client = this.#clients.get(requestId);
+    if (client !== undefined) this.#clientLeaves(client);
+  }
+
+  /** A connection from the gateway to the node, or to the process that has its actor, could be made. */
+  isReachable(gateway: string, node: string): boolean {
+    const process = this.#processes.find(({ root }) => root === gateway);
+    return process?.isUp === true && process.ways.isOpen(node) && process.reaches(node);
+  }
+
+  /** Runs up to `atUs` of the load's time, as far as it is not past. */
+  runUntil(atUs: number): void {
+    if (atUs > this.nowUs) this.scheduler.runUntil(ORIGIN_US + atUs);
+  }
+
+  /** Asks every actor of every process that is up what it holds. Time stands still, and the run's hash goes on. */
+  audit(): ProcessAudit[] {
+    const audits = this.#processes.flatMap((process) => process.startAudit() ?? []);
+    this.scheduler.runReady();
+    return audits.map((finish) => finish());
+  }
+
   /** Throws an Error that names the first broken invariant of an engine. O(open requests). */
   assertInvariants(): void {
     for (const node of this.nodes) node.assertInvariants();
@@ -368,6 +468,7 @@ export class Simulation {
         ...(blocksMax === 0 ? {} : { prefix: { blockTokens, blocksMax } }),
       },
       this.clock,
+      this.#spec.instruments,
     );
   }
 
@@ -379,8 +480,15 @@ export class Simulation {
       this.#processes.push(
         new GatewayProcess(root, settings, {
           options: this.#options,
-          edges: { ...edgeDefaults, ...this.#spec.edges },
-          clock: this.clock,
+          edges: {
+            ...edgeDefaults,
+            connectUsMax: this.#options.timeouts.connectMs * 1000,
+            ...this.#spec.edges,
+          },
+          time: this.clock,
+          clock: this.#clockOf(root),
+          doomed: this.#doomed,
+          instruments: this.#spec.instruments ?? {},
           scheduler: this.scheduler,
           random: this.#random.split(root),
           nodes,
@@ -398,6 +506,17 @@ export class Simulation {
     }
   }
 
+  /** Its own, where a fault may touch it: that costs a little at every timer. */
+  #clockOf(root: string): Clock {
+    const isTouched = this.#spec.faults?.some(
+      (fault) => (fault.kind === "skew" || fault.kind === "drift") && fault.gateway === root,
+    );
+    if (isTouched !== true) return this.clock;
+    const clock = new ProcessClock(this.clock);
+    this.#ownClocks.set(root, clock);
+    return clock;
+  }
+
   // ---- clients ----------------------------------------------------------------------------------------
 
   #send(request: TraceRequest, requestId: string, tries: number): void {
@@ -408,6 +527,7 @@ export class Simulation {
       this.#books.lost(nowUs, "no_gateway");
       return;
     }
+    const { semantic } = this.#spec;
     const client: Client = {
       requestId,
       request,
@@ -417,16 +537,27 @@ export class Simulation {
       patience: undefined,
       isFollowing: false,
       retryAfterMs: undefined,
+      found: semantic?.find(request),
     };
     this.#clients.set(requestId, client);
     const { patienceMs } = this.#spec.clients ?? {};
     if (patienceMs !== undefined) {
       client.patience = this.clock.schedule(Math.round(patienceMs * 1000), () =>
-        process.clientLeft(requestId),
+        this.#clientLeaves(client),
       );
     }
-    const facts = this.#facts(request, requestId);
-    process.submit(facts, bodyOf(request, facts));
+    // The cache answers to a near question's key as it does to that question.
+    const { found } = client;
+    const asked = found === undefined ? request : { ...request, question: found.question };
+    const { instruments } = this.#spec;
+    const facts = this.#facts(asked, requestId, process);
+    instruments?.onSent?.(facts, request, process.root);
+    const submit = () =>
+      process.submit(facts, bodyOf(request, facts, instruments?.textOf?.(facts, request)));
+    if (semantic === undefined) return submit();
+    this.clock.schedule(semantic.lookupUs, () => {
+      if (this.#clients.has(requestId)) submit();
+    });
   }
 
   /** Any process that is up; undefined when none is. */
@@ -437,9 +568,14 @@ export class Simulation {
     return up[this.#balancer.int(Math.max(1, up.length))];
   }
 
-  #facts(request: TraceRequest, requestId: string): RequestFacts {
+  #clientLeaves({ requestId, process }: Client): void {
+    this.#spec.instruments?.onClientLeft?.(requestId);
+    process.clientLeft(requestId);
+  }
+
+  #facts(request: TraceRequest, requestId: string, { root }: GatewayProcess): RequestFacts {
     const { timeouts, cache } = this.#options;
-    const nowMs = this.clock.nowUs() / 1000;
+    const nowMs = (this.#ownClocks.get(root) ?? this.clock).nowUs() / 1000;
     const { deadlineMs = timeouts.requestMsDefault } = this.#spec.clients ?? {};
     const key = this.#keyOf(request);
     const model = this.#modelOf(request);
@@ -510,6 +646,7 @@ export class Simulation {
 
   /** Their connections broke, or their request was forgotten: no record will tell of them. */
   #loseClients(root: string, code: string): void {
+    this.#spec.instruments?.onClientsLost?.(root, code);
     for (const client of [...this.#clients.values()]) {
       if (client.process.root !== root) continue;
       this.#books.lost(client.arrivedUs, code);
@@ -524,15 +661,28 @@ export class Simulation {
     if (client.patience !== undefined) this.clock.cancel(client.patience);
   }
 
-  #onFinished(record: RequestRecord, root: string): void {
-    const { requestId } = record.facts;
+  #onFinished(ended: RequestRecord, root: string): void {
+    const { requestId } = ended.facts;
     const client = this.#clients.get(requestId);
+    const record = client === undefined ? ended : this.#withMeaning(ended, client);
     this.#spec.onRecord?.(record, root);
     if (requestId === this.#spec.explain) this.#explained = record;
     if (client === undefined) return; // It went down with its gateway, as far as its client knows.
     this.#books.ended(client.arrivedUs, record);
     this.#close(client);
     if (record.outcome === "refused" || record.outcome === "failed") this.#askAgain(client);
+  }
+
+  /** Tells the lookup by meaning of a stored answer, and the record whose words were answered. */
+  #withMeaning(record: RequestRecord, { request, found, arrivedUs }: Client): RequestRecord {
+    const isOther = found !== undefined && found.question !== request.question;
+    if (!isOther) {
+      if (record.stored === true) this.#spec.semantic?.stored(request);
+      return record;
+    }
+    if (record.cache !== "hit_exact") return record;
+    if (found.isWrong && this.#books.isMeasured(arrivedUs)) this.#wrongHits++;
+    return { ...record, cache: "hit_semantic" };
   }
 
   #askAgain({ request, requestId, tries, retryAfterMs }: Client): void {
@@ -554,6 +704,7 @@ export class Simulation {
   // ---- what the gateways report -----------------------------------------------------------------------
 
   #onEvent(event: SystemEvent | RuntimeEvent, root: string): void {
+    this.#spec.instruments?.onEvent?.(event, root);
     switch (event.kind) {
       case "request.finished":
         return this.#onFinished((event as RequestFinished).record, root);
@@ -569,6 +720,7 @@ export class Simulation {
       }
       case "runtime.crashed": {
         const { path, error } = event as Extract<SystemEvent, { kind: "runtime.crashed" }>;
+        if (error instanceof PlannedCrash) return;
         const text = error instanceof Error ? (error.stack ?? error.message) : String(error);
         if (this.#crashes.length < CRASHES_MAX) this.#crashes.push(`${path}: ${text}`);
         return;
@@ -656,9 +808,18 @@ export class Simulation {
     switch (fault.kind) {
       case "crash":
         return this.#nodeOf(fault.node)?.crash();
+      case "actor":
+        this.#activeFaults.delete(fault);
+        return this.#crashActor(fault.actor);
+      case "skew":
+        this.#activeFaults.delete(fault);
+        return this.#ownClocks.get(fault.gateway)?.jump(fault.aheadUs);
+      case "drift":
+        return this.#setRate(fault.gateway);
       case "partition":
         return this.#block(fault, 1);
       case "reset-link":
+        this.#activeFaults.delete(fault);
         return this.#network.reset(fault.from, fault.to);
       case "gateway":
         return this.#crashGateway(fault.gateway);
@@ -687,8 +848,12 @@ export class Simulation {
         return this.#restartGateway(fault.gateway);
       case "store":
         return this.#setStoreFault();
+      case "drift":
+        return this.#setRate(fault.gateway);
       case "reset-link":
       case "leave":
+      case "actor":
+      case "skew":
         return;
       default:
         return this.#setNodeFaults(fault.node);
@@ -723,8 +888,29 @@ export class Simulation {
   }
 
   #block({ from, to, isOneWay }: Extract<Fault, { kind: "partition" }>, by: 1 | -1): void {
-    this.#network.block(from, to, by);
-    if (!isOneWay) this.#network.block(to, from, by);
+    this.#blockOneWay(from, to, by);
+    if (!isOneWay) this.#blockOneWay(to, from, by);
+  }
+
+  #blockOneWay(from: string, to: string, by: 1 | -1): void {
+    const sender = this.#processes.find(({ root }) => root === from);
+    const receiver = this.#processes.find(({ root }) => root === to);
+    if (sender !== undefined && receiver !== undefined) this.#network.block(from, to, by);
+    else if (sender !== undefined) sender.ways.block(to, "to", by);
+    else receiver?.ways.block(from, "from", by);
+  }
+
+  #setRate(root: string): void {
+    const drifts = this.#active("drift").filter(({ gateway }) => gateway === root);
+    this.#ownClocks.get(root)?.setRate(drifts.reduce((rate, { factor }) => rate * factor, 1));
+  }
+
+  /** A node's actor is found wherever it lives; of one that lives nowhere nothing crashes. */
+  #crashActor(path: string): void {
+    for (const process of this.#processes) {
+      if (path.startsWith("nodes/")) process.crashActor(`${process.root}/${path}`);
+      else if (path.startsWith(`${process.root}/`)) process.crashActor(path);
+    }
   }
 
   #setStoreFault(): void {
@@ -750,8 +936,8 @@ export class Simulation {
   #leave(fault: Extract<Fault, { kind: "leave" }>): void {
     this.#activeFaults.delete(fault);
     const random = this.#faultRandoms.get(fault) ?? this.#random;
-    for (const { requestId, process } of this.#clients.values()) {
-      if (random.next() < fault.share) process.clientLeft(requestId);
+    for (const client of this.#clients.values()) {
+      if (random.next() < fault.share) this.#clientLeaves(client);
     }
   }
 
@@ -783,6 +969,7 @@ export class Simulation {
       queueUs: books.queueUs,
       ...(attainment === undefined ? {} : { attainment }),
       cache: Object.fromEntries(books.cache),
+      wrongHits: this.#wrongHits,
       attempts: books.attempts,
       retries: books.retries,
       clientRetries: this.#clientRetries,
@@ -824,7 +1011,12 @@ export class Simulation {
 type ProcessWorld = {
   options: Options;
   edges: EdgeOptions;
-  clock: SimClock;
+  /** True time, and what the process takes for it. */
+  time: SimClock;
+  clock: Clock;
+  /** Paths of actors that throw at their next message; absent: none ever will. */
+  doomed: Set<string> | undefined;
+  instruments: Instruments;
   scheduler: SimScheduler;
   random: Random;
   nodes: ReadonlyMap<NodeId, NodeHost>;
@@ -846,6 +1038,7 @@ type ProcessWorld = {
  */
 class GatewayProcess implements Peer {
   readonly root: string;
+  readonly ways = new NodeWays();
   /** Sent to it by clients, over all its lives. */
   requests = 0;
   readonly #settings: GatewaySettings;
@@ -868,7 +1061,7 @@ class GatewayProcess implements Peer {
 
   /** @param roots the processes that are up, this one among them or not */
   start(roots: readonly string[]): void {
-    const { clock, silenceUs } = this.#world;
+    const { time, silenceUs } = this.#world;
     this.#alive.clear();
     for (const root of roots) if (root !== this.root) this.#alive.add(root);
     this.#owned.clear();
@@ -879,17 +1072,28 @@ class GatewayProcess implements Peer {
     }
     const nodes = this.#settings.nodes.filter(({ node }) => this.#owned.has(node));
     this.#lives++;
-    const life = new Life(this.root, { ...this.#settings, nodes }, this.#world, this.#lives);
+    const settings = { ...this.#settings, nodes };
+    const life = new Life(this.root, settings, this.#world, this.ways, this.#lives);
     this.#life = life;
     for (const { node } of this.#settings.nodes) life.refs.placeNode(node, this.#ownerOf(node));
     life.start();
     if (this.#lives === 1) return;
     // Whom it cannot reach by then is dead to it, whoever else may see it.
-    clock.schedule(silenceUs, () => {
+    time.schedule(silenceUs, () => {
       if (this.#life !== life) return;
       for (const root of this.#alive) if (!this.#world.isConnected(root)) this.#alive.delete(root);
       this.#replaceNodes();
     });
+  }
+
+  /** The actor throws at its next message. */
+  crashActor(path: string): void {
+    this.#life?.crashActor(path);
+  }
+
+  /** Undefined when it is down; else call the result once everything said has been handled. */
+  startAudit(): (() => ProcessAudit) | undefined {
+    return this.#life?.startAudit();
   }
 
   crash(): void {
@@ -928,6 +1132,12 @@ class GatewayProcess implements Peer {
     this.#replaceNodes();
   }
 
+  /** The actor of the node is here, or in a process that it is connected to. */
+  reaches(node: NodeId): boolean {
+    const owner = this.#ownerOf(node);
+    return owner === this.root || this.#world.isConnected(owner);
+  }
+
   /** Takes and gives node actors as the processes alive ask for. */
   #replaceNodes(): void {
     const life = this.#life;
@@ -939,7 +1149,7 @@ class GatewayProcess implements Peer {
         this.#owned.add(node);
         this.#world.onNodeTaken(node);
         life.refs.placeNode(node, owner);
-        life.system.spawn(`${this.root}/nodes`, nodeSpec(settings, life.refs));
+        life.spawnNode(settings);
       } else if (owner !== this.root) {
         if (this.#owned.delete(node)) life.system.stop(life.refs.node(node));
         life.refs.placeNode(node, owner);
@@ -965,16 +1175,26 @@ class Life {
   readonly system: ActorSystem;
   readonly refs: GatewayRefs;
   readonly data: DataPlane = new Map();
+  readonly #root: string;
+  readonly #world: ProcessWorld;
   readonly #upstream: UpstreamModel;
   readonly #scraper: ScraperModel;
   readonly #start: () => void;
   #isOver = false;
 
-  constructor(root: string, settings: GatewaySettings, world: ProcessWorld, number: number) {
-    const { clock, scheduler, edges, nodes, store, options, clients } = world;
+  constructor(
+    root: string,
+    settings: GatewaySettings,
+    world: ProcessWorld,
+    ways: NodeWays,
+    number: number,
+  ) {
+    const { time, clock, scheduler, edges, nodes, store, options, clients } = world;
     const random = world.random.split(`life ${number}`);
     const prefix = `${root}/`;
     const { send } = world;
+    this.#root = root;
+    this.#world = world;
     this.system = createSystem({
       scheduler,
       clock,
@@ -989,18 +1209,20 @@ class Life {
             },
           }),
     });
+    // What edges wait for is outside of the process: they keep true time.
     const host: EdgeHost = {
-      clock,
+      clock: time,
       post: (to, message) => void this.system.tell(to, message),
       reply: (to, value) => this.system.reply(to, value),
     };
     this.refs = new GatewayRefs((path) => this.system.ref(path), settings.cacheShards, root);
-    const upstream = new UpstreamModel(root, edges, host, this.data, nodes);
+    const upstream = new UpstreamModel(root, edges, host, this.data, nodes, ways);
     const scraper = new ScraperModel(
       { ...scrapeOptionsOf(options), scrapeUs: edges.scrapeUs },
       host,
       nodes,
       random.split("scraper"),
+      ways,
     );
     const front = new FrontModel(this.data, clients);
     this.#upstream = upstream;
@@ -1014,7 +1236,7 @@ class Life {
           ? {}
           : { store: () => new StoreModel(store, edges.storeUs, host, random.split("store")) }),
       });
-      this.system.start(tree, {
+      this.system.start(wrappedTree(tree, "", world), {
         onEvent: (event) => {
           if (!this.#isOver) world.onEvent(event);
         },
@@ -1029,12 +1251,115 @@ class Life {
     this.#start();
   }
 
+  spawnNode(settings: NodeSettings): void {
+    const parent = `${this.#root}/nodes`;
+    const spec = nodeSpec(settings, this.refs);
+    this.system.spawn(parent, wrappedChild<GpuNodeMessage>(spec, `${parent}/`, this.#world));
+  }
+
+  crashActor(path: string): void {
+    if (!this.system.stats().cells.some((cell) => cell.path === path)) return;
+    this.#world.doomed?.add(path);
+    this.system.tell(this.system.ref<Mail>(path), crashMail); // Should no other come.
+  }
+
+  startAudit(): () => ProcessAudit {
+    const descriptions = new Map<string, unknown>();
+    const asked = this.system.stats().cells.flatMap(({ path }) => {
+      const name = path.slice(this.#root.length + 1);
+      const kind = describeKinds.get(name.split("/")[0] ?? "");
+      return kind === undefined ? [] : [{ name, kind, ref: this.system.ref<Describe>(path) }];
+    });
+    const auditor = this.system.spawn(this.#root, {
+      id: "audit",
+      start: () => new Auditor(asked, descriptions),
+      restart: "temporary",
+    });
+    return () => {
+      this.system.stop(auditor);
+      return {
+        gateway: this.#root,
+        descriptions,
+        attempts: this.#upstream.inflight,
+        bodies: this.data.size,
+        stats: this.system.stats(),
+      };
+    };
+  }
+
   end(): void {
     this.#isOver = true;
     this.#upstream.abortAll();
     this.#scraper.close();
     this.system.stopAll();
   }
+}
+
+type Describe = { kind: string; replyTo: ReplyTo<unknown> };
+type Told = { kind: "audit.told"; name: string; outcome: AskOutcome<unknown> };
+
+/** What each branch of the tree is asked. */
+const describeKinds: ReadonlyMap<string, string> = new Map([
+  ["cache", "cache.describe"],
+  ["limiter", "limiter.describe"],
+  ["nodes", "gpu_node.describe"],
+  ["router", "router.describe"],
+  ["requests", "request.describe"],
+]);
+
+const AUDIT_MS = 1000;
+
+/** Asks all at once, and notes what they answer. */
+class Auditor implements Actor<Told> {
+  readonly #asked: readonly { name: string; kind: string; ref: ActorRef<Describe> }[];
+  readonly #descriptions: Map<string, unknown>;
+
+  constructor(
+    asked: readonly { name: string; kind: string; ref: ActorRef<Describe> }[],
+    descriptions: Map<string, unknown>,
+  ) {
+    this.#asked = asked;
+    this.#descriptions = descriptions;
+  }
+
+  start(context: Context<Told>): void {
+    for (const { name, kind, ref } of this.#asked) {
+      context.ask<Describe, unknown>(
+        ref,
+        AUDIT_MS,
+        (replyTo) => ({ kind, replyTo }),
+        (outcome) => ({ kind: "audit.told", name, outcome }),
+      );
+    }
+  }
+
+  receive({ name, outcome }: Told): void {
+    if (outcome.ok) this.#descriptions.set(name, outcome.value);
+  }
+}
+
+/** The same tree, each actor with what is to stand around it. */
+function wrappedTree(spec: SupervisorSpec, prefix: string, world: ProcessWorld): SupervisorSpec {
+  if (world.instruments.wrap === undefined && world.doomed === undefined) return spec;
+  const path = `${prefix}${spec.id}/`;
+  const children = spec.children.map((child) =>
+    "children" in child ? wrappedTree(child, path, world) : wrappedChild(child, path, world),
+  );
+  return { ...spec, children };
+}
+
+function wrappedChild<M extends Mail>(
+  spec: ChildSpec<M>,
+  prefix: string,
+  { instruments, doomed }: ProcessWorld,
+): ChildSpec<M> {
+  const path = `${prefix}${spec.id}`;
+  const start = (): Actor<M> => {
+    let actor: Actor<Mail> = spec.start();
+    if (instruments.wrap !== undefined) actor = instruments.wrap(path, actor);
+    return doomed === undefined ? actor : new Mortal(actor, path, doomed);
+  };
+  return { ...spec, start };
 }
 
 // ---- from spec and load to what the actors know -------------------------------------------------------
@@ -1059,7 +1384,7 @@ function scrapeOptionsOf({ scrape, health }: Options) {
   };
 }
 
-function bodyOf(request: TraceRequest, facts: RequestFacts): Body {
+function bodyOf(request: TraceRequest, facts: RequestFacts, text: string | undefined): Body {
   const outputTokens = Math.max(1, request.outputTokens);
   const { promptTokens, maxTokens } = facts;
   const notStorable = notStorableOf(request, facts, outputTokens);
@@ -1072,6 +1397,7 @@ function bodyOf(request: TraceRequest, facts: RequestFacts): Body {
     blockTokens: request.blockTokens ?? 0,
     model: facts.model ?? MODEL,
     ...(notStorable === undefined ? {} : { notStorable }),
+    ...(text === undefined ? {} : { text }),
   };
 }
 

@@ -191,7 +191,8 @@ export function refusalReasons(run: RunEvidence, physics: readonly string[] = []
   if (run.arrived === 0) return [...reasons, "no request came"];
   if (run.durationMs < RUN_MS_MIN) {
     reasons.push(
-      `the run lasts ${seconds(run.durationMs)}; ${seconds(RUN_MS_MIN)} are the least that can show a p99`,
+      // Rounded down: 299.97 s must not read as the 300 that it lacks.
+      `the run lasts ${seconds(Math.floor(run.durationMs / 1000) * 1000)}; ${seconds(RUN_MS_MIN)} are the least that can show a p99`,
     );
   }
   const atLeastMs = LONGEST_E2E_TIMES * run.longestE2eMs;

@@ -46,6 +46,23 @@ const fault: fc.Arbitrary<Fault> = fc.oneof(
   }),
   fc.record({ kind: fc.constant("reset-link" as const), from: name, to: name, atUs: time }),
   fc.record({ kind: fc.constant("gateway" as const), gateway: name, ...timed }),
+  fc.record({
+    kind: fc.constant("actor" as const),
+    actor: fc.constantFrom("gw-1/router", "gw-2/cache/3", "gw-1/edges/store", "nodes/node-2"),
+    atUs: time,
+  }),
+  fc.record({
+    kind: fc.constant("skew" as const),
+    gateway: name,
+    aheadUs: fc.integer({ min: 1, max: 100_000 }).map((ms) => ms * 1000),
+    atUs: time,
+  }),
+  fc.record({
+    kind: fc.constant("drift" as const),
+    gateway: name,
+    factor: fc.integer({ min: 1, max: 400 }).map((percent) => percent / 100),
+    ...timed,
+  }),
   fc.record({ kind: fc.constant("leave" as const), share, atUs: time }),
   fc.record({
     kind: fc.constant("store" as const),
@@ -103,6 +120,11 @@ describe("faults: text", () => {
     expect(error("leave 50% at 5s for 5s")).toContain("takes no duration");
     expect(error("gateway gw-1 at 5s")).toContain('"crash" is missing');
     expect(error("store slow at 5s")).toContain('"down" is missing');
+    expect(error("actor gw-1 crash at 5s")).toContain('"gw-1" is not an actor');
+    expect(error("actor gw-1/router at 5s")).toContain('"crash" is missing');
+    expect(error("skew gw-1 0s at 5s")).toContain("by nothing");
+    expect(error("skew gw-1 5s at 5s for 9s")).toContain("takes no duration");
+    expect(error("drift gw-1 1.5 at 5s")).toContain("like x2");
     expect(error("crash node-1 at 5s; crash")).toContain('fault "crash"');
   });
 
@@ -113,5 +135,14 @@ describe("faults: text", () => {
     expect(check("crash c at 1s")).toThrow(/no node "c"; known: a, b/);
     expect(check("gateway gw-3 crash at 1s")).toThrow(/no gateway "gw-3"; known: gw-1, gw-2/);
     expect(check("reset-link gw-1 gw-1 at 1s")).toThrow(/one gateway twice/);
+    expect(check("partition gw-1 a at 1s; partition b to gw-2 at 1s")).not.toThrow();
+    expect(check("partition a b at 1s")).toThrow(/nodes do not talk to each other/);
+    expect(check("partition gw-1 c at 1s")).toThrow(/no gateway or node "c"/);
+    expect(check("reset-link gw-1 a at 1s")).toThrow(/no gateway "a"/);
+    expect(check("actor gw-2/cache/7 crash at 1s; actor nodes/b crash at 1s")).not.toThrow();
+    expect(check("actor gw-2/cache/8 crash at 1s")).toThrow(/no actor "cache\/8"; known: edges/);
+    expect(check("actor gw-1/nodes/a crash at 1s")).toThrow(/no actor "nodes\/a"/);
+    expect(check("actor nodes/c crash at 1s")).toThrow(/no node "c"/);
+    expect(check("skew gw-3 1s at 1s")).toThrow(/no gateway "gw-3"/);
   });
 });

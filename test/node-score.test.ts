@@ -11,6 +11,7 @@ import {
   type RankingOptions,
   rendezvousHash,
   type StrategyName,
+  strategyNames,
   uncachedTokensOf,
   type Wanted,
 } from "../actors/node-score.ts";
@@ -348,6 +349,15 @@ describe("headroom", () => {
     expect(why(wanted({ affinityKey: 1, sent: [{ node: "n0", tokens: 9 }] }))).toBe("affinity");
   });
 
+  it("tries a half-open node with any first attempt once it has waited for a short one", () => {
+    const long = wanted({ promptTokens: 9000, affinityKey: 1, sent: [{ node: "n0", tokens: 9 }] });
+    const halfOpen = { circuit: "half_open", probePermits: 2, ramp: 0.1 } as const;
+    const at = (sinceMs: number) => poolOf([{}, halfOpen, {}], {}, NOW_MS - sinceMs);
+    expect(at(4999).pick(long, seeded(1))).not.toBe("n1");
+    expect(at(5000).pick(long, seeded(1))).toBe("n1");
+    expect(at(5000).pick({ ...long, isRetry: true }, seeded(1))).not.toBe("n1");
+  });
+
   it("goes on down its order as nodes deny", () => {
     const pool = poolOf([{ inflight: 3 }, { inflight: 1 }, { inflight: 2 }, { inflight: 0 }]);
     const order: string[] = [];
@@ -362,6 +372,22 @@ describe("headroom", () => {
 });
 
 describe("the other strategies", () => {
+  it("each tries a half-open node, however slow it looks: else it would never come back", () => {
+    const slow = {
+      circuit: "half_open",
+      probePermits: 2,
+      latencyMsAtInflight: 9000,
+      latencyMsPeakEwma: 9000,
+      scrape: scraped({ waiting: 3, latencySeconds: 9 }),
+    } as const;
+    const quick = { latencyMsAtInflight: 10, latencyMsPeakEwma: 10, scrape: scraped({}) };
+    for (const strategy of strategyNames) {
+      const pool = poolOf([quick, slow, quick], { strategy });
+      expect(pool.pick(wanted(), seeded(1))).toBe("n1");
+      expect(pool.pick(wanted({ isRetry: true }), scripted([0, 0, 0.9, 0.9]))).not.toBe("n1");
+    }
+  });
+
   it("round_robin: each in turn, passing over the ineligible", () => {
     const pool = poolOf([{}, {}, { draining: true }, {}], { strategy: "round_robin" });
     const turns = Array.from({ length: 6 }, () => pool.pick(wanted(), seeded(1)));
@@ -516,6 +542,18 @@ describe("views and explanations", () => {
       true,
     );
     expect(view).toMatchObject({ inflight: 0, receivedAtMs: 40 });
+  });
+
+  it("after the end of an actor the next one is believed, though it may have begun before", () => {
+    const view = new NodeView(snapshotOf("a", { incarnation: 7, version: 5, inflight: 9 }), 0, 10);
+    view.actorEnded();
+    expect(view.update(snapshotOf("a", { incarnation: 3, version: 4, inflight: 1 }), 20)).toBe(
+      true,
+    );
+    expect(view.inflight).toBe(1);
+    expect(view.update(snapshotOf("a", { incarnation: 3, version: 3, inflight: 2 }), 20)).toBe(
+      false,
+    );
   });
 
   it("list at most 16 candidates, the chosen one first", () => {

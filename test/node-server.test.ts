@@ -1,9 +1,13 @@
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { Agent, get, type IncomingMessage, request } from "node:http";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import type { Command } from "commander";
 import OpenAI from "openai";
-import { afterEach, describe, expect, it, vi } from "vitest";
+import { afterAll, afterEach, describe, expect, it, vi } from "vitest";
 import { nodeCommand } from "../bin/node.ts";
 import { GpuNodeModel } from "../sim/gpu-node-model.ts";
+import { formatLaw } from "../sim/law-file.ts";
 import { lawByName, type StepLaw } from "../sim/laws.ts";
 import {
   answerText,
@@ -694,6 +698,9 @@ describe("node server: faults", () => {
 });
 
 describe("headrace node", () => {
+  const folder = mkdtempSync(join(tmpdir(), "headrace-node-"));
+  afterAll(() => rmSync(folder, { recursive: true }));
+
   const parse = async (args: string[]): Promise<Command> => {
     const command = nodeCommand()
       .exitOverride()
@@ -734,11 +741,40 @@ describe("headrace node", () => {
     }
   });
 
+  it("takes a law file as `headrace calibrate --out` writes it", async () => {
+    const file = join(folder, "law.json");
+    const shipped = lawByName("llama-3.1-8b/rtx4090");
+    writeFileSync(file, formatLaw({ ...shipped, name: "our-card", kvBlocks: 100 }));
+    const log = vi.spyOn(console, "log").mockReturnValue();
+    const before = new Set(process.listeners("SIGTERM"));
+    try {
+      await parse(["--port", "0", "--law", file]);
+      const line = String(log.mock.calls[0]?.[0]);
+      expect(line).toContain("law our-card, validated");
+      const url = /listening on (\S+) /.exec(line)?.[1] ?? "";
+      const messages = [{ role: "user", content: "word ".repeat(1700) }];
+      const answer = await fetch(`${url}/v1/chat/completions`, {
+        method: "POST",
+        body: JSON.stringify({ messages }),
+      });
+      expect(answer.status).toBe(400); // 100 blocks of 16 tokens are the file's, not the card's.
+    } finally {
+      for (const end of process.listeners("SIGTERM")) if (!before.has(end)) end("SIGTERM");
+      log.mockRestore();
+    }
+  });
+
   it("says what is wrong with a flag and what is accepted", async () => {
     const node = await startNode();
     const taken = new URL(node.url).port;
+    const broken = join(folder, "broken.json");
+    writeFileSync(broken, "{}");
     for (const [args, says] of [
-      [["--law", "h300"], /unknown law "h300"; accepted: llama-3\.1-8b\/rtx4090, /],
+      [
+        ["--law", "h300"],
+        /"h300" is no shipped law, .* accepted: a law file of .* or one of llama-3\.1-8b/,
+      ],
+      [["--law", broken], /broken\.json: /],
       [["--port", "x"], /whole number from 0 to 65535/],
       [["--port", taken], new RegExp(`port ${taken} on 127.0.0.1 is taken`)],
       [["--port", "0", "--speed", "0"], /speed must be a number above 0/],

@@ -480,6 +480,20 @@ describe("failing nodes", () => {
     expect(world.placed(askId).node).toBe("a");
   });
 
+  it("believes a node's actor again that lived on while another process had the node", () => {
+    const world = worldOf({ a: { incarnation: 3 } });
+    world.kit.terminate("nodes/a", "noconnection"); // Its process is out of reach: another one takes over …
+    world.kit.advance(300);
+    world.change("a", { incarnation: 9, version: 0, inflight: 1, inflightMax: 1 });
+    const askId = world.choose("r1");
+    expect(world.asks()).toEqual([]);
+    world.kit.terminate("nodes/a", "stopped"); // … and gives it back.
+    world.kit.advance(300);
+    world.change("a", { incarnation: 3, version: 50, inflight: 0, inflightMax: 1000 });
+    world.grant();
+    expect(world.placed(askId).node).toBe("a");
+  });
+
   it("sheds batch by the fifth power of saturation", () => {
     const shed = (inflight: number) => {
       const world = worldOf({ a: { inflight, inflightMax: 100 } });

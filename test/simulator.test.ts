@@ -15,7 +15,7 @@ import {
   lawProvenance,
   simulationReport,
 } from "../sim/report.ts";
-import { runPage } from "../sim/run-page.ts";
+import { reportPage } from "../sim/report-page.ts";
 import {
   SESSION_BLOCK_TOKENS,
   SESSION_PREFIX_CACHE_TOKENS,
@@ -373,7 +373,7 @@ describe("simulator: report", () => {
   });
 
   it("page: plots, escaped, and nothing from elsewhere", () => {
-    const page = runPage([report("one"), report("two")]);
+    const page = reportPage([report("one"), report("two")]);
     expect(page.match(/<svg/g)?.length).toBeGreaterThan(4);
     expect(page).toContain("a &lt;load&gt;");
     expect(page).not.toMatch(/<script|https?:|<link|<img/);

@@ -12,6 +12,7 @@ import type { NodeId } from "../actors/protocol.ts";
 import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
 import type { RouterDescription, RouterMessage } from "../actors/router.ts";
+import type { RouterLogEvent } from "../actors/router-log.ts";
 import type { InspectedEntry, JudgedPool } from "../actors/semantic-shard.ts";
 import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
 import { SystemClock } from "../runtime/clock.ts";
@@ -26,7 +27,7 @@ import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
 import { Metrics, type StateSnapshot } from "./metrics.ts";
 import type { NodeOptions, Options } from "./options.ts";
-import { type Explanation, explain, RecentRequests, Recorder } from "./records.ts";
+import { DecisionLog, type Explanation, explain, RecentRequests, Recorder } from "./records.ts";
 import type { RedisStore } from "./redis-store.ts";
 import { ScraperEdge, type ScraperOptions } from "./scraper.ts";
 import { gatewaySettings, nodeSettings } from "./settings.ts";
@@ -56,6 +57,7 @@ export class Gateway {
   readonly #metrics = new Metrics();
   readonly #recent = new RecentRequests();
   readonly #recorder: Recorder | null;
+  readonly #decisions: DecisionLog | null;
   readonly #nodes = new Map<NodeId, KnownNode>();
   #served: { names: readonly string[]; complete: boolean } = { names: [], complete: false };
   #options: Options;
@@ -135,12 +137,19 @@ export class Gateway {
       onRefused: (code, route) => this.#metrics.onRefused(code, route),
     });
     for (const node of options.nodes) this.#register(node);
-    const { file } = options.record;
+    const { file, decisions } = options.record;
+    const onRecordError = (path: string) => (error: Error) =>
+      this.#log.error({ file: path, reason: error.message }, "the recording cannot be written");
     this.#recorder =
-      file === undefined
+      file === undefined ? null : new Recorder(file, this.#nowMs(), onRecordError(file));
+    const { root } = this.#refs;
+    this.#decisions =
+      decisions === undefined
         ? null
-        : new Recorder(file, this.#nowMs(), (error) =>
-            this.#log.error({ file, reason: error.message }, "the recording cannot be written"),
+        : new DecisionLog(
+            decisions,
+            { kind: "router.log", v: 1, seed: idPrefix, root, settings: settings.router },
+            onRecordError(decisions),
           );
     const tree = gatewayTree(settings, this.#refs, {
       front: () => this.front,
@@ -442,14 +451,18 @@ export class Gateway {
       this.#store?.close(),
       this.#embedder?.close(),
       this.#recorder?.close(),
+      this.#decisions?.close(),
     ]);
   }
 
   // ---- what the actors report ---------------------------------------------------------------------------------
 
   #onEvent(event: SystemEvent | { kind: string }, from: string): void {
-    const known = event as RequestFinished | GpuNodeEvent; // Others fall through by their kind.
+    const known = event as RequestFinished | GpuNodeEvent | RouterLogEvent; // Others fall through by their kind.
     switch (known.kind) {
+      case "router.log_started":
+      case "router.turn":
+        return this.#decisions?.write(known);
       case "request.finished": {
         const { record } = known;
         this.#recent.add(record);

@@ -411,7 +411,7 @@ const schema = group("All options.", "restart", {
     connectMs: ms([10, 60_000], "Connecting to a node.").default(1000),
     firstTokenMs: ms(
       [100, 3_600_000],
-      "First content token, at least; three times the pool's p95 where that is longer.",
+      "First content token, at least, and 0.25 ms for each prompt token; three times the pool's p95 where that is longer.",
     ).default(5000),
     stallMs: ms([100, 3_600_000], "Between two tokens.").default(15_000),
     totalMs: ms([1000, 86_400_000], "A whole request, whatever deadline it asks for.").default(
@@ -633,6 +633,10 @@ const schema = group("All options.", "restart", {
   record: group("Recording requests for replay and planning; never any of their text.", "restart", {
     file: text({
       doc: "File to append to, one JSON object a line.",
+      accepted: "a path",
+    }).exactOptional(),
+    decisions: text({
+      doc: "File for all that the router sees and chooses, written anew: for `headrace sim decisions`. Large.",
       accepted: "a path",
     }).exactOptional(),
   }).prefault({}),

@@ -4,7 +4,9 @@
  */
 import { hash } from "node:crypto";
 import { createWriteStream, type WriteStream } from "node:fs";
-import type { Decision, RequestId, RequestRecord } from "../actors/protocol.ts";
+import type { Decision, RequestFacts, RequestId, RequestRecord } from "../actors/protocol.ts";
+import type { RouterMessage } from "../actors/router.ts";
+import type { RouterLogEvent, RouterLogHeader, RouterLogLine } from "../actors/router-log.ts";
 import { formatTraceRecord, type TraceRecord } from "./trace-format.ts";
 
 /** Records kept to be explained; about 3 KB each. */
@@ -137,50 +139,21 @@ function summaryOf(record: RequestRecord): string {
   return `${record.outcome} (${record.code ?? "no code"}), last on ${where}${tries}`;
 }
 
-/** Writes Headrace's trace format, one line a request, in the order in which requests end. */
-export class Recorder {
+/** Lines of a file, until it cannot be written: that is told once, and the gateway goes on without it. */
+class LineFile {
   readonly #stream: WriteStream;
-  readonly #startedAtMs: number;
   #failed = false;
 
-  /** @param onError called once if the file cannot be written; the gateway goes on without it. */
-  constructor(file: string, nowMs: number, onError: (error: Error) => void) {
-    this.#startedAtMs = nowMs;
-    this.#stream = createWriteStream(file, { flags: "a" });
+  constructor(file: string, flags: "a" | "w", onError: (error: Error) => void) {
+    this.#stream = createWriteStream(file, { flags });
     this.#stream.on("error", (error) => {
       if (!this.#failed) onError(error);
       this.#failed = true;
     });
   }
 
-  write(record: RequestRecord): void {
-    const { facts } = record;
-    if (this.#failed || facts.route === "other" || facts.model === undefined) return;
-    const last = record.attempts[record.attempts.length - 1];
-    const line: TraceRecord = {
-      v: 1,
-      atMs: Math.max(0, round(facts.arrivedAtMs - this.#startedAtMs)),
-      tenant: hash("sha256", facts.tenant, "hex").slice(0, 16),
-      model: facts.model,
-      route: facts.route,
-      stream: facts.stream,
-      inputTokens: record.usage?.promptTokens || facts.promptTokens,
-      outputTokens: record.usage?.outputTokens ?? 0,
-      ...(facts.maxTokens === undefined ? {} : { maxTokens: facts.maxTokens }),
-      prefix: facts.prefix ?? [],
-      ...(facts.cacheKey === undefined ? {} : { question: facts.cacheKey.slice(0, 16) }),
-      ...(facts.session === undefined
-        ? {}
-        : { session: hash("sha256", facts.session, "hex").slice(0, 16) }),
-      outcome: record.outcome,
-      cache: record.cache,
-      ...(last === undefined ? {} : { node: last.node }),
-      attempts: record.attempts.length,
-      queuedMs: round(record.queuedMs),
-      ...(record.ttftMs === undefined ? {} : { ttftMs: round(record.ttftMs) }),
-      e2eMs: round(record.endedMs),
-    };
-    this.#stream.write(`${formatTraceRecord(line)}\n`);
+  write(line: string): void {
+    if (!this.#failed) this.#stream.write(`${line}\n`);
   }
 
   close(): Promise<void> {
@@ -189,6 +162,102 @@ export class Recorder {
       this.#stream.end(() => resolve());
     });
   }
+}
+
+/** Writes Headrace's trace format, one line a request, in the order in which requests end. */
+export class Recorder {
+  readonly #file: LineFile;
+  readonly #startedAtMs: number;
+
+  /** @param onError called once if the file cannot be written */
+  constructor(file: string, nowMs: number, onError: (error: Error) => void) {
+    this.#startedAtMs = nowMs;
+    this.#file = new LineFile(file, "a", onError);
+  }
+
+  write(record: RequestRecord): void {
+    const { facts } = record;
+    if (facts.route === "other" || facts.model === undefined) return;
+    const last = record.attempts[record.attempts.length - 1];
+    const line: TraceRecord = {
+      v: 1,
+      atMs: Math.max(0, round(facts.arrivedAtMs - this.#startedAtMs)),
+      tenant: nameHash(facts.tenant),
+      model: facts.model,
+      route: facts.route,
+      stream: facts.stream,
+      inputTokens: record.usage?.promptTokens || facts.promptTokens,
+      outputTokens: record.usage?.outputTokens ?? 0,
+      ...(facts.maxTokens === undefined ? {} : { maxTokens: facts.maxTokens }),
+      prefix: facts.prefix ?? [],
+      ...(facts.cacheKey === undefined ? {} : { question: facts.cacheKey.slice(0, 16) }),
+      ...(facts.session === undefined ? {} : { session: nameHash(facts.session) }),
+      outcome: record.outcome,
+      cache: record.cache,
+      ...(last === undefined ? {} : { node: last.node }),
+      attempts: record.attempts.length,
+      queuedMs: round(record.queuedMs),
+      ...(record.ttftMs === undefined ? {} : { ttftMs: round(record.ttftMs) }),
+      e2eMs: round(record.endedMs),
+    };
+    this.#file.write(formatTraceRecord(line));
+  }
+
+  close(): Promise<void> {
+    return this.#file.close();
+  }
+}
+
+/**
+ * Writes all that the router sees and chooses, for `headrace sim decisions`. Tenants, keys and sessions go by their
+ * hashes; what the router does not look at (the prompt's hashes) is left out.
+ */
+export class DecisionLog {
+  readonly #file: LineFile;
+
+  /** @param onError called once if the file cannot be written */
+  constructor(file: string, header: RouterLogHeader, onError: (error: Error) => void) {
+    this.#file = new LineFile(file, "w", onError);
+    this.#write(header);
+  }
+
+  write(event: RouterLogEvent): void {
+    if (event.kind === "router.turn") this.#write({ ...event, message: anonymous(event.message) });
+    else this.#write(event);
+  }
+
+  close(): Promise<void> {
+    return this.#file.close();
+  }
+
+  #write(line: RouterLogLine): void {
+    this.#file.write(JSON.stringify(line));
+  }
+}
+
+function anonymous(message: RouterMessage): RouterMessage {
+  switch (message.kind) {
+    case "router.choose":
+      return { ...message, facts: anonymousFacts(message.facts) };
+    case "router.used":
+      return { ...message, tenant: nameHash(message.tenant) };
+    default:
+      return message;
+  }
+}
+
+function anonymousFacts({ prefix: _, cacheKey: __, ...facts }: RequestFacts): RequestFacts {
+  return {
+    ...facts,
+    tenant: nameHash(facts.tenant),
+    limitKey: nameHash(facts.limitKey),
+    ...(facts.session === undefined ? {} : { session: nameHash(facts.session) }),
+  };
+}
+
+/** 16 hex digits; equal names, equal hashes. */
+function nameHash(name: string): string {
+  return hash("sha256", name, "hex").slice(0, 16);
 }
 
 function round(ms: number): number {

@@ -39,6 +39,7 @@ export function gatewaySettings(options: Options): GatewaySettings {
       retry,
       ejectedRatioMax: options.circuit.ejectedRatioMax,
     },
+    logsRouter: options.record.decisions !== undefined,
     requests: requestOptions(options),
     nodes: options.nodes.map((node) => nodeSettings(node, options)),
   };
