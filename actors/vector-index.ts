@@ -224,6 +224,19 @@ export class ExactIndex implements VectorIndex {
     return row === undefined ? undefined : this.#vectorAt(row).slice(0, this.#dimension);
   }
 
+  /** The cosine of one vector with the query, to six decimals; undefined for an unknown id or a query refused. */
+  similarityOf(id: number, query: Float32Array): number | undefined {
+    const row = this.#rows.get(id);
+    const refusal = normaliseInto(this.#scratch, query, this.#dimension);
+    if (row === undefined || refusal !== undefined) return undefined;
+    return rounded(dotProduct(this.#vectorAt(row), this.#scratch));
+  }
+
+  /** A copy of all ids, in no order that means anything. */
+  ids(): Float64Array {
+    return Float64Array.from(this.#ids);
+  }
+
   maintain(): boolean {
     if (this.#basis === undefined) return false;
     if (this.#training !== undefined) {
@@ -374,7 +387,7 @@ class BestFound {
   }
 
   offer(id: number, product: number): void {
-    const similarity = Math.max(-1, Math.min(1, Math.round(product * DECIMALS) / DECIMALS));
+    const similarity = rounded(product);
     if (similarity < this.#threshold) return;
     let at = this.found.length;
     while (at > 0 && isBefore(id, similarity, this.found[at - 1])) at--;
@@ -382,6 +395,10 @@ class BestFound {
     this.found.splice(at, 0, { id, similarity });
     if (this.found.length > this.#count) this.found.pop();
   }
+}
+
+function rounded(product: number): number {
+  return Math.max(-1, Math.min(1, Math.round(product * DECIMALS) / DECIMALS));
 }
 
 function isBefore(id: number, similarity: number, other: Found | undefined): boolean {
