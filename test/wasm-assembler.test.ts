@@ -54,7 +54,11 @@ describe("the assembler", () => {
       fc.integer(),
       fc.constantFrom(0, -1, 63, 64, -64, -65, 127, 128, 8191, 8192, 2147483647, -2147483648),
     );
-    fc.assert(fc.property(constants, (value) => expect(run(0, i32.const(value))).toBe(value)));
+    fc.assert(
+      fc.property(constants, (value) => {
+        expect(run(0, i32.const(value))).toBe(value);
+      }),
+    );
   });
 
   it("numbers locals beyond 127, and takes modules of any size", () => {
@@ -88,9 +92,9 @@ describe("the assembler", () => {
     ];
     for (const [code, expected] of operators) {
       fc.assert(
-        fc.property(fc.integer(), fc.integer(), (a, b) =>
-          expect(run(2, code, a, b)).toBe(expected(a, b)),
-        ),
+        fc.property(fc.integer(), fc.integer(), (a, b) => {
+          expect(run(2, code, a, b)).toBe(expected(a, b));
+        }),
         { numRuns: 20 },
       );
     }
