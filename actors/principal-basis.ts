@@ -103,7 +103,7 @@ export class BasisTraining {
   /** Gram-Schmidt, twice: once leaves errors that the second removes. A direction that vanishes is drawn anew. */
   #orthonormalise(index: number): void {
     const { dimension, sums } = this.#matrix;
-    const vector = Float64Array.from(sums.subarray(index * dimension, (index + 1) * dimension));
+    const vector = new Float64Array(sums.subarray(index * dimension, (index + 1) * dimension));
     for (;;) {
       const before = Math.sqrt(dotProduct(vector, vector));
       for (let pass = 0; pass < 2 && before > 0; pass++) {

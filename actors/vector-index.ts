@@ -234,7 +234,7 @@ export class ExactIndex implements VectorIndex {
 
   /** A copy of all ids, in no order that means anything. */
   ids(): Float64Array {
-    return Float64Array.from(this.#ids);
+    return new Float64Array(this.#ids);
   }
 
   maintain(): boolean {
