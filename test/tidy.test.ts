@@ -50,6 +50,7 @@ const packageHomes: Readonly<Record<string, readonly string[]>> = {
   pino: ["transport/log.ts"],
   "prom-client": ["transport/metrics.ts"],
   undici: ["transport/upstream.ts"],
+  usearch: ["transport/approximate-index.ts"],
   ws: ["transport/websocket.ts"],
   yaml: ["transport/config.ts"],
   zod: ["transport/options.ts", "transport/option-schema.ts", "transport/option-problems.ts"],
@@ -238,6 +239,10 @@ function* importsOf(source: Source): Generator<Import> {
         yield made(node, argument.literal.text, true);
       }
     } else if (ts.isCallExpression(node) && node.expression.kind === ts.SyntaxKind.ImportKeyword) {
+      const [what] = node.arguments;
+      if (what !== undefined && ts.isStringLiteral(what)) yield made(node, what.text, false);
+    } else if (ts.isCallExpression(node) && /^require$/.test(textOf(source, node.expression))) {
+      // An optional package, through createRequire: the compiler need not find it.
       const [what] = node.arguments;
       if (what !== undefined && ts.isStringLiteral(what)) yield made(node, what.text, false);
     } else if (ts.isCallExpression(node) && /^\w+\.script$/.test(textOf(source, node.expression))) {
@@ -468,10 +473,12 @@ const rules: readonly Rule[] = [
     },
     breaks: {
       texts: {
-        "package.json": `{"dependencies": {"undici": "7", "zod": "4", "left-pad": "1"}, "devDependencies": {"ai": "5"}}`,
+        "package.json": `{"dependencies": {"undici": "7", "zod": "4", "left-pad": "1"}, "devDependencies": {"ai": "5"}, "optionalDependencies": {"usearch": "2"}}`,
         "transport/upstream.ts": `import { Pool } from "undici";`,
         "transport/front.ts": `import type { Pool } from "undici";\nimport { z } from "zod/mini";\nimport "ai";`,
         "actors/a.ts": `import express from "express";`,
+        "transport/approximate-index.ts": `const require = createRequire(import.meta.url);\nrequire("usearch");`,
+        "actors/other.ts": `require("usearch");`,
         "test/t.test.ts": `import "ai";\nimport "vitest";`,
       },
       at: [
@@ -481,6 +488,7 @@ const rules: readonly Rule[] = [
         "transport/front.ts:3",
         "actors/a.ts:1",
         "actors/a.ts:1",
+        "actors/other.ts:1",
         "test/t.test.ts:2",
         "package.json:1",
       ],

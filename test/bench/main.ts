@@ -7,7 +7,7 @@
  * it is not what is measured, nor is the node behind.
  *
  *   --smoke       short, for CI: the figures are rough
- *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers; may be given more than once
+ *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers | vectors; may be given more than once
  *   --profile DIR the gateway writes a CPU profile there
  *   --out FILE    JSON; else bench-results/<date>.json
  */
@@ -23,6 +23,7 @@ import { medianOf, printRows, type Row } from "./report.ts";
 import { benchRouters, benchSimulatorSpeed } from "./simulator.ts";
 import { cpuMs, GATEWAY_KEY, type Running, rssMiB, Stack } from "./stack.ts";
 import { benchStrategies } from "./strategies.ts";
+import { benchVectors, vectorPaces } from "./vectors.ts";
 
 const CONNECTIONS = 32;
 const NODES = 3;
@@ -39,6 +40,7 @@ const names = [
   "strategies",
   "simulator",
   "routers",
+  "vectors",
 ] as const;
 type Name = (typeof names)[number];
 
@@ -290,6 +292,8 @@ if (wanted.has("strategies")) rows.push(...strategyRows());
 if (wanted.has("simulator")) rows.push(...(await benchSimulatorSpeed()));
 if (wanted.has("routers"))
   rows.push(...(flags.smoke ? benchRouters(150, 1) : benchRouters(500, 3)));
+if (wanted.has("vectors"))
+  rows.push(...benchVectors(flags.smoke ? vectorPaces.smoke : vectorPaces.full));
 const needsGateway = (["chat", "hit", "sse", "memory"] as const).some((name) => wanted.has(name));
 if (needsGateway) {
   const gateway = await benchGateway(wanted, pace, profileArgs);
