@@ -10,14 +10,13 @@
  *   validated, and whose difference is what a round robin does not see; a request has 30 s.
  *
  * Calibrated are the shares of questions, to the article's hit rates, and the fleet and the lengths, to its row of
- * timeouts before. Everything else is an outcome. Until the cache looks up by meaning itself, that lookup is the
- * model of semantic-model.ts.
+ * timeouts before. Everything else is an outcome. The cache looks up by meaning as it does live; vectors are drawn
+ * (question-vectors.ts).
  */
 import type { OptionsInput } from "../transport/options.ts";
 import { lawByName, rawStepUs, type StepLaw } from "./laws.ts";
 import { generateLoad } from "./load-generators.ts";
 import { cacheHits, textTable } from "./report.ts";
-import { SimilarityClasses } from "./semantic-model.ts";
 import { type SimulatedNode, Simulation, type SimulationResult } from "./simulator.ts";
 import { durationText, percentText } from "./slo.ts";
 import type { TraceRequest } from "./trace-rows.ts";
@@ -232,15 +231,20 @@ type RunSpec = {
   seconds: number;
 };
 
+/** Questions are matched by meaning from that similarity on, as they are live. */
+function matching(options: OptionsInput, similarityMin: number): OptionsInput {
+  const semantic = { mode: "fixed", similarityMin, embedder: { type: "lexical" } } as const;
+  return { ...options, cache: { ...options.cache, semantic } };
+}
+
 function runOf({ name, options, threshold, count, load, seed, seconds }: RunSpec): ArticleRun {
   const nodes = fleetOf(count);
   const fromUs = seconds * WARM_UP_SHARE * 1e6;
   const simulation = new Simulation({
     nodes,
-    options,
+    options: threshold === undefined ? options : matching(options, threshold),
     seed,
     measured: { fromUs },
-    ...(threshold === undefined ? {} : { semantic: new SimilarityClasses(threshold, seed) }),
   });
   const sums = nodes.map(() => 0);
   let looks = 0;
@@ -451,7 +455,7 @@ function workloadLines({ seed, share, seconds, before, cost }: ArticleReport): s
     `${RATE * share} requests a second over ${seconds} s, the last ${Math.round(seconds * (1 - WARM_UP_SHARE))} s measured (${before.requests} requests); seed ${seed}`,
     `prompts of ${PROMPT.mean} tokens, answers of ${ANSWER.mean} (means), at most ${ANSWER.max}; ${DEADLINE_MS / 1000} s to answer`,
     `${cost.nodes} nodes with Llama 3.1 8B: ${fleetOf(cost.nodes).filter(({ law }) => law.name === SMALL.law).length} ${SMALL.card}, the others ${LARGE.card}`,
-    "the lookup by meaning is a model: classes of similarity, drawn (sim/semantic-model.ts)",
+    "the cache matches by meaning as it does live; the questions' vectors are drawn (sim/question-vectors.ts)",
   ];
 }
 

@@ -23,7 +23,13 @@ import {
   nodeSpec,
 } from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage } from "../actors/gpu-node.ts";
-import type { CircuitState, NodeId, RequestFacts, RequestRecord } from "../actors/protocol.ts";
+import type {
+  CircuitState,
+  NodeId,
+  RequestFacts,
+  RequestRecord,
+  SemanticPolicy,
+} from "../actors/protocol.ts";
 import type { RequestFinished } from "../actors/request.ts";
 import type {
   Actor,
@@ -52,7 +58,7 @@ import {
   type OptionsInput,
   parseOptions,
 } from "../transport/options.ts";
-import { gatewaySettings } from "../transport/settings.ts";
+import { gatewaySettings, semanticPolicy } from "../transport/settings.ts";
 import {
   type Body,
   type ClientSide,
@@ -82,8 +88,8 @@ import {
 import { NodeWays } from "./node-ways.ts";
 import { crashMail, Mortal, PlannedCrash } from "./planned-crash.ts";
 import { ProcessClock } from "./process-clock.ts";
+import { EmbedderModel, rightAnswerOf, vectorOf, wordOf } from "./question-vectors.ts";
 import { type Measured, type OutcomeCounts, RunBooks, type SimulationSeries } from "./run-books.ts";
-import type { Found, SemanticLookup } from "./semantic-model.ts";
 import type { Slo } from "./slo.ts";
 import type { RunEvidence } from "./statistics.ts";
 import type { TraceRequest } from "./trace-rows.ts";
@@ -133,8 +139,6 @@ export type SimulationSpec = {
   network?: Partial<NetworkOptions>;
   /** With the shared store behind the caches; default: when the options name a Redis. */
   hasStore?: boolean;
-  /** A modelled lookup by meaning before the cache; one gateway only, since it knows of one cache. */
-  semantic?: SemanticLookup;
   /** For `attainment`; latency limits only. */
   slo?: Slo;
   /** By arrival; default: everything. */
@@ -249,6 +253,7 @@ const MODEL = "model";
 /** Prompt tokens that stand for the 1024 characters a gateway makes its affinity key of. */
 const HEAD_TOKENS = 256;
 const CRASHES_MAX = 20;
+const decoder = new TextDecoder();
 
 /** Runs a load that is at hand. Throws SimulationError and FaultError before anything runs. */
 export function simulate(
@@ -281,8 +286,6 @@ type Client = {
   patience: TimerHandle | undefined;
   isFollowing: boolean;
   retryAfterMs: number | undefined;
-  /** What the lookup by meaning has found for it. */
-  readonly found: Found | undefined;
 };
 
 export class Simulation {
@@ -318,6 +321,7 @@ export class Simulation {
   #isDraining = false;
   #clientRetries = 0;
   #wrongHits = 0;
+  readonly #policy: SemanticPolicy | undefined;
   #retriesPending = 0;
   #lateAttaches = 0;
   #lastId = 0;
@@ -338,11 +342,6 @@ export class Simulation {
         `${spec.nodes.length} nodes are given; accepted: 1 to ${NODES_MAX}`,
       );
     }
-    if (spec.semantic !== undefined && gateways > 1) {
-      throw new SimulationError(
-        `a lookup by meaning is given with ${gateways} gateways; it knows of one cache, so accepted is 1`,
-      );
-    }
     const seed = spec.seed ?? 1;
     const names = spec.nodes.map(({ name }, index) => name ?? `node-${index + 1}`);
     const roots = Array.from({ length: gateways }, (_, index) => `gw-${index + 1}`);
@@ -351,6 +350,7 @@ export class Simulation {
     this.#doomed =
       spec.faults?.some(({ kind }) => kind === "actor") === true ? new Set() : undefined;
     this.#options = optionsOf(spec, names);
+    this.#policy = semanticPolicy(this.#options);
     this.#keys = this.#options.keys;
     this.#random = new Random(seed).split("simulation");
     this.#balancer = this.#random.split("balancer");
@@ -498,6 +498,7 @@ export class Simulation {
           isConnected: (other) => this.#network.isConnected(root, other),
           silenceUs: this.#spec.network?.silenceUs ?? networkDefaults.silenceUs,
           clients: this.#clientSide(root),
+          vectorOf: this.#policy === undefined ? undefined : (id) => this.#vectorOf(id),
           // Its new actor begins with a closed circuit, and does not say so.
           onNodeTaken: (node) => void this.#circuits.delete(node),
           onEvent: (event) => this.#onEvent(event, root),
@@ -527,7 +528,6 @@ export class Simulation {
       this.#books.lost(nowUs, "no_gateway");
       return;
     }
-    const { semantic } = this.#spec;
     const client: Client = {
       requestId,
       request,
@@ -537,7 +537,6 @@ export class Simulation {
       patience: undefined,
       isFollowing: false,
       retryAfterMs: undefined,
-      found: semantic?.find(request),
     };
     this.#clients.set(requestId, client);
     const { patienceMs } = this.#spec.clients ?? {};
@@ -546,18 +545,16 @@ export class Simulation {
         this.#clientLeaves(client),
       );
     }
-    // The cache answers to a near question's key as it does to that question.
-    const { found } = client;
-    const asked = found === undefined ? request : { ...request, question: found.question };
     const { instruments } = this.#spec;
-    const facts = this.#facts(asked, requestId, process);
+    const facts = this.#facts(request, requestId, process);
     instruments?.onSent?.(facts, request, process.root);
-    const submit = () =>
-      process.submit(facts, bodyOf(request, facts, instruments?.textOf?.(facts, request)));
-    if (semantic === undefined) return submit();
-    this.clock.schedule(semantic.lookupUs, () => {
-      if (this.#clients.has(requestId)) submit();
-    });
+    const text = instruments?.textOf?.(facts, request) ?? rightAnswerOf(request);
+    process.submit(facts, bodyOf(request, facts, text), wordOf(request.question ?? ""));
+  }
+
+  #vectorOf(requestId: string): Float32Array | undefined {
+    const client = this.#clients.get(requestId);
+    return client && vectorOf(client.request, this.#spec.seed ?? 1);
   }
 
   /** Any process that is up; undefined when none is. */
@@ -599,6 +596,9 @@ export class Simulation {
     };
     if (!cache.enabled) facts.cacheBypass = "cache is off";
     else facts.cacheKey = cacheKeyOf(request.question ?? requestId, `${tenant} ${model}`);
+    if (this.#policy !== undefined && request.cluster !== undefined) {
+      facts.semantic = { scope: cacheKeyOf("scope", `${tenant} ${model}`), policy: this.#policy };
+    }
     if (request.maxTokens !== undefined) facts.maxTokens = Math.max(1, request.maxTokens);
     if (request.session !== undefined) facts.session = request.session;
     return facts;
@@ -629,6 +629,12 @@ export class Simulation {
 
   #clientSide(root: string): ClientSide {
     return {
+      onAnswered: (requestId, answer, similarity) => {
+        const client = this.#clients.get(requestId);
+        if (client === undefined || similarity === undefined) return;
+        const isRight = decoder.decode(answer.body) === rightAnswerOf(client.request);
+        if (!isRight && this.#books.isMeasured(client.arrivedUs)) this.#wrongHits++;
+      },
       onFollowing: (requestId) => {
         const client = this.#clients.get(requestId);
         if (client === undefined || client.isFollowing) return;
@@ -661,28 +667,15 @@ export class Simulation {
     if (client.patience !== undefined) this.clock.cancel(client.patience);
   }
 
-  #onFinished(ended: RequestRecord, root: string): void {
-    const { requestId } = ended.facts;
+  #onFinished(record: RequestRecord, root: string): void {
+    const { requestId } = record.facts;
     const client = this.#clients.get(requestId);
-    const record = client === undefined ? ended : this.#withMeaning(ended, client);
     this.#spec.onRecord?.(record, root);
     if (requestId === this.#spec.explain) this.#explained = record;
     if (client === undefined) return; // It went down with its gateway, as far as its client knows.
     this.#books.ended(client.arrivedUs, record);
     this.#close(client);
     if (record.outcome === "refused" || record.outcome === "failed") this.#askAgain(client);
-  }
-
-  /** Tells the lookup by meaning of a stored answer, and the record whose words were answered. */
-  #withMeaning(record: RequestRecord, { request, found, arrivedUs }: Client): RequestRecord {
-    const isOther = found !== undefined && found.question !== request.question;
-    if (!isOther) {
-      if (record.stored === true) this.#spec.semantic?.stored(request);
-      return record;
-    }
-    if (record.cache !== "hit_exact") return record;
-    if (found.isWrong && this.#books.isMeasured(arrivedUs)) this.#wrongHits++;
-    return { ...record, cache: "hit_semantic" };
   }
 
   #askAgain({ request, requestId, tries, retryAfterMs }: Client): void {
@@ -1027,6 +1020,8 @@ type ProcessWorld = {
   isConnected: (root: string) => boolean;
   silenceUs: number;
   clients: ClientSide;
+  /** What an embedder says of a request's question; undefined = there is none. */
+  vectorOf: ((requestId: string) => Float32Array | undefined) | undefined;
   onNodeTaken: (node: NodeId) => void;
   onEvent: (event: SystemEvent | RuntimeEvent) => void;
 };
@@ -1102,12 +1097,12 @@ class GatewayProcess implements Peer {
     life?.end();
   }
 
-  submit(facts: RequestFacts, body: Body): void {
+  submit(facts: RequestFacts, body: Body, question: string): void {
     const life = this.#life;
     if (life === undefined) return;
     this.requests++;
     life.data.set(facts.requestId, body);
-    life.system.tell(life.refs.requests, { kind: "request.submit", facts });
+    life.system.tell(life.refs.requests, { kind: "request.submit", facts, question });
   }
 
   clientLeft(requestId: string): void {
@@ -1225,6 +1220,7 @@ class Life {
       ways,
     );
     const front = new FrontModel(this.data, clients);
+    const { vectorOf: ask } = world;
     this.#upstream = upstream;
     this.#scraper = scraper;
     this.#start = () => {
@@ -1235,6 +1231,7 @@ class Life {
         ...(store === undefined
           ? {}
           : { store: () => new StoreModel(store, edges.storeUs, host, random.split("store")) }),
+        ...(ask === undefined ? {} : { embedder: () => new EmbedderModel(host, ask) }),
       });
       this.system.start(wrappedTree(tree, "", world), {
         onEvent: (event) => {

@@ -7,8 +7,8 @@ import {
   formatArticle,
 } from "../sim/article.ts";
 import { lawByName } from "../sim/laws.ts";
-import { SimilarityClasses, similarityBounds } from "../sim/semantic-model.ts";
-import { SimulationError, simulate } from "../sim/simulator.ts";
+import { similarityBounds, vectorOf } from "../sim/question-vectors.ts";
+import { simulate } from "../sim/simulator.ts";
 import type { Similarity, TraceRequest } from "../sim/trace-rows.ts";
 
 function asked(question: string, cluster: string, similarity?: Similarity): TraceRequest {
@@ -16,84 +16,66 @@ function asked(question: string, cluster: string, similarity?: Similarity): Trac
   return similarity === undefined ? request : { ...request, similarity };
 }
 
-function modelWith(threshold: number, ...stored: TraceRequest[]): SimilarityClasses {
-  const model = new SimilarityClasses(threshold, 1);
-  for (const request of stored) model.stored(request);
-  return model;
+const SEED = 1;
+
+function cosine(left: TraceRequest, right: TraceRequest): number {
+  const [one, other] = [vectorOf(left, SEED), vectorOf(right, SEED)];
+  return one?.reduce((sum, value, at) => sum + value * (other?.[at] ?? 0), 0) ?? Number.NaN;
 }
 
-describe("modelled lookup by meaning", () => {
+describe("vectors of a load's questions", () => {
   const original = asked("q0", "q0");
 
-  it("nothing is found before it was stored, and the original always after", () => {
-    expect(modelWith(0.9).find(original)).toBeUndefined();
-    for (const threshold of [0.9, 0.95, 1]) {
-      const found = modelWith(threshold, original).find(asked("q0", "q0", "exact"));
-      expect(found).toEqual({ question: "q0", isWrong: false });
+  it("have norm 1; a question has one vector, and one that says nothing has none", () => {
+    for (const similarity of ["exact", "close", "loose", "lookalike"] as const) {
+      const one = asked("q0.1", "q0", similarity);
+      expect(cosine(one, one)).toBeCloseTo(1, 5);
+      expect(vectorOf(one, SEED)).toEqual(vectorOf({ ...one }, SEED));
+    }
+    expect(vectorOf({ atUs: 0, inputTokens: 1, outputTokens: 1 }, SEED)).toBeUndefined();
+  });
+
+  it("are as near to the original as their class says, and to each other as the product; clusters are far apart", () => {
+    for (const [similarity, [least, most]] of Object.entries(similarityBounds)) {
+      for (let index = 0; index < 100; index++) {
+        const one = asked(`q0.${similarity}${index}`, "q0", similarity as Similarity);
+        const own = cosine(one, original);
+        expect(own).toBeGreaterThan(least - 1e-5);
+        expect(own).toBeLessThan(most + 1e-5);
+        const other = asked(`q0.x${index}`, "q0", "loose");
+        expect(cosine(one, other)).toBeCloseTo(own * cosine(other, original), 0);
+        expect(cosine(one, asked(`r${index}`, `r${index}`))).toBeLessThan(0.5);
+      }
     }
   });
 
-  it("classes end where the thresholds are: close ones hit at 0.95, loose ones at 0.90 only", () => {
-    for (let index = 0; index < 200; index++) {
-      const close = asked(`q0.c${index}`, "q0", "close");
-      const loose = asked(`q0.l${index}`, "q0", "loose");
-      expect(modelWith(0.95, original).find(close)?.question).toBe("q0");
-      expect(modelWith(0.95, original).find(loose)).toBeUndefined();
-      expect(modelWith(0.9, original).find(loose)?.question).toBe("q0");
-    }
-  });
-
-  it("a lookalike that hits is wrong, in both directions; another cluster is never found", () => {
-    const lookalikes = Array.from({ length: 400 }, (_, i) => asked(`q0.k${i}`, "q0", "lookalike"));
-    const hits = lookalikes.filter((each) => modelWith(0.9, original).find(each) !== undefined);
-    const [least, most] = similarityBounds.lookalike;
-    const expected = (most - 0.9) / (most - least);
-    expect(hits.length / 400).toBeGreaterThan(expected - 0.1);
-    expect(hits.length / 400).toBeLessThan(expected + 0.1);
-    for (const each of hits) {
-      expect(modelWith(0.9, original).find(each)?.isWrong).toBe(true);
-      expect(modelWith(0.9, each).find(original)?.isWrong).toBe(true);
-    }
-    expect(modelWith(0.01, original).find(asked("q1", "q1"))).toBeUndefined();
-  });
-
-  it("two wordings are as similar as the product of theirs, and the same words are 1", () => {
-    const one = asked("q0.1", "q0", "loose");
-    const other = asked("q0.2", "q0", "loose");
-    expect(modelWith(0.9025, one).find(other)).toBeUndefined(); // 0.95 · 0.95 at most.
-    expect(modelWith(0.81, one).find(other)).toEqual({ question: "q0.1", isWrong: false });
-    expect(modelWith(1, one).find(one)).toEqual({ question: "q0.1", isWrong: false });
-  });
-
-  it("a threshold outside 0 to 1 is refused, and more than one gateway", () => {
-    for (const threshold of [0, 1.01, Number.NaN]) {
-      expect(() => new SimilarityClasses(threshold, 1)).toThrow(/above 0 and at most 1/);
-    }
+  it("in a simulation the cache answers a paraphrase, after the time of a lookup, and tells wrong ones", () => {
     const law = lawByName("llama-3.1-8b/h100");
-    const semantic = new SimilarityClasses(0.9, 1);
-    expect(() => simulate({ nodes: [{ law }], gateways: 2, semantic, load: [] })).toThrow(
-      SimulationError,
-    );
-  });
-
-  it("in a simulation a paraphrase is answered from the cache, after the time of a lookup", () => {
-    const law = lawByName("llama-3.1-8b/h100");
+    const lookalikes = Array.from({ length: 20 }, (_, index) => ({
+      ...asked(`q0.k${index}`, "q0", "lookalike"),
+      atUs: 30_000_000 + index * 1_000_000,
+    }));
     const load = [
       original,
       { ...asked("q0.1", "q0", "close"), atUs: 20_000_000 },
       { ...asked("q0", "q0", "exact"), atUs: 21_000_000 },
       { ...asked("q0.2", "q0", "loose"), atUs: 22_000_000 },
+      ...lookalikes,
     ];
     const seen: string[] = [];
+    const semantic = { similarityMin: 0.95, embedder: { type: "lexical" } } as const;
     const result = simulate({
       nodes: [{ law }],
-      semantic: new SimilarityClasses(0.95, 1),
+      options: { cache: { semantic } },
+      seed: SEED,
       load,
       onRecord: ({ cache, endedMs }) => seen.push(`${cache}${endedMs >= 12 ? "" : " at once"}`),
     });
-    expect(seen).toEqual(["miss", "hit_semantic", "hit_exact", "miss"]);
-    expect(result.cache).toEqual({ miss: 2, hit_semantic: 1, hit_exact: 1 });
-    expect(result.wrongHits).toBe(0);
+    expect(seen.slice(0, 4)).toEqual(["miss", "hit_semantic", "hit_exact at once", "miss"]);
+    const wrong = lookalikes.filter((each) => cosine(each, original) >= 0.95).length;
+    expect(wrong).toBeGreaterThan(0);
+    expect(result.wrongHits).toBeGreaterThanOrEqual(wrong);
+    expect(result.cache.hit_semantic).toBe(1 + result.wrongHits);
   });
 });
 

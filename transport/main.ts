@@ -30,7 +30,7 @@ import type { NodeOptions, Options } from "./options.ts";
 import { DecisionLog, type Explanation, explain, RecentRequests, Recorder } from "./records.ts";
 import type { RedisStore } from "./redis-store.ts";
 import { ScraperEdge, type ScraperOptions } from "./scraper.ts";
-import { gatewaySettings, nodeSettings } from "./settings.ts";
+import { gatewaySettings, nodeSettings, semanticPolicy } from "./settings.ts";
 import { UpstreamEdge, type UpstreamOptions, upstreamDefaults } from "./upstream.ts";
 
 /** How long a start waits for nodes to tell their models; a node that is down then joins when it is up. */
@@ -81,8 +81,8 @@ export class Gateway {
         ? undefined
         : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
     const { mode, embedder: embedderOptions } = options.cache.semantic;
-    const isMatching = options.cache.enabled && mode !== "off";
-    const embedder = isMatching ? await openEmbedder(embedderOptions, log) : undefined;
+    const isWanted = options.cache.enabled && mode !== "off"; // Without an embedder one line says how to get one.
+    const embedder = isWanted ? await openEmbedder(embedderOptions, log) : undefined;
     const gateway = new Gateway(options, log, { store, embedder }, onFatal);
     await gateway.#untilModelsKnown();
     return gateway;
@@ -489,10 +489,10 @@ export class Gateway {
 
 // ---- what the edges are built with: the actors' settings stand in settings.ts -----------------------
 
-function frontOptions({ cache, record, requests, timeouts }: Options): FrontOptions {
-  const { mode, similarityMin, errorRateMax, strict, temperatureMax } = cache.semantic;
-  const policy =
-    mode === "off" ? undefined : { mode, similarityMin, errorRateMax, isStrict: strict };
+function frontOptions(options: Options): FrontOptions {
+  const { cache, record, requests, timeouts } = options;
+  const policy = semanticPolicy(options);
+  const { temperatureMax } = cache.semantic;
   return {
     requests,
     requestTimeoutMs: timeouts.requestMsDefault,

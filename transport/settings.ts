@@ -4,6 +4,7 @@
  */
 import { cacheDefaults } from "../actors/cache.ts";
 import type { GatewaySettings, NodeSettings } from "../actors/gateway.ts";
+import type { SemanticPolicy } from "../actors/protocol.ts";
 import { limiterDefaults } from "../actors/rate-limiter.ts";
 import type { RequestOptions } from "../actors/request.ts";
 import { type NodeOptions, nodeAddress, type Options } from "./options.ts";
@@ -48,6 +49,13 @@ export function gatewaySettings(options: Options): GatewaySettings {
 function semanticOptions({ semantic, answerBytesMax }: Options["cache"]) {
   const { ttlMs, bytesMax, precisionMin, judge } = semantic;
   return { ttlMs, bytesMax, answerBytesMax, precisionMin, judge };
+}
+
+/** How questions are matched by meaning where a key says nothing else; undefined where none are. */
+export function semanticPolicy({ cache }: Options): SemanticPolicy | undefined {
+  const { mode, embedder, similarityMin, errorRateMax, strict } = cache.semantic;
+  if (!cache.enabled || mode === "off" || embedder.type === "off") return undefined;
+  return { mode, similarityMin, errorRateMax, isStrict: strict };
 }
 
 export function requestOptions({ cache, retry, timeouts }: Options): RequestOptions {
