@@ -45,15 +45,17 @@ export function formatEval(report: EvalReport): string {
 }
 
 /** The answer in one line: the threshold to set. */
-function headline({ wanted, precision }: EvalResult): string {
-  return `With guards: ${wantedText(wanted.guarded, precision)}. Without: ${wantedText(wanted.plain, precision)}.`;
+function headline(result: EvalResult): string {
+  const { guarded, plain } = result.wanted;
+  return `With guards: ${wantedText(guarded, result)}. Without: ${wantedText(plain, result)}.`;
 }
 
-function wantedText(wanted: WantedThreshold, precision: number): string {
+function wantedText(wanted: WantedThreshold, { precision, rows }: EvalResult): string {
   if (wanted === undefined)
     return `no threshold is shown to be right in ${percent(precision)} of hits`;
   const { threshold, outcome } = wanted;
-  return `threshold ${threshold.toFixed(3)} is right in ${percent(precision)} of hits and more (measured ${percent(outcome.right.share)}), and answers ${percent(outcome.hits.share)} of questions`;
+  const least = threshold === rows[0]?.threshold ? ", the least measured," : "";
+  return `threshold ${threshold.toFixed(3)}${least} is right in ${percent(precision)} of hits and more (measured ${percent(outcome.right.share)}), and answers ${percent(outcome.hits.share)} of questions`;
 }
 
 function setting({ files, result }: EvalReport): string[] {
@@ -109,6 +111,7 @@ function guardCells({ guard, isStandard, same, different, alone, others }: Guard
 const REPLAY_HEADS = [
   "allowed error",
   "served",
+  "of them exact",
   "wrong of served",
   "95 % interval",
   "kept",
@@ -182,8 +185,10 @@ function aligned(rows: readonly (readonly string[])[]): string[] {
 export function evalPage(report: EvalReport): string {
   const { result } = report;
   const found = result.wanted.guarded !== undefined;
-  const isAnswer = ({ threshold }: { threshold: number }) =>
-    Math.abs(threshold - result.threshold) < 1e-9;
+  // The first row of the table at which the answer holds.
+  const answerRow = result.rows.findIndex(
+    ({ threshold }) => threshold >= (result.wanted.guarded?.threshold ?? 2),
+  );
   const title = found
     ? `Serve from ${result.wanted.guarded?.threshold.toFixed(3)} on`
     : `No threshold is right in ${percent(result.precision)} of hits`;
@@ -192,9 +197,13 @@ export function evalPage(report: EvalReport): string {
     `Headrace cache: ${title}`,
     [
       `<header class="${found ? "nodes" : "refused"}"><p class="kicker">Headrace semantic cache, on labelled pairs</p>`,
-      `<h1>${escaped(title)}</h1><ul><li>With guards: ${escaped(wantedText(result.wanted.guarded, result.precision))}.</li>`,
-      `<li>Without: ${escaped(wantedText(result.wanted.plain, result.precision))}.</li></ul></header>`,
-      charts("What a threshold does", thresholdCharts(result)),
+      `<h1>${escaped(title)}</h1><ul><li>With guards: ${escaped(wantedText(result.wanted.guarded, result))}.</li>`,
+      `<li>Without: ${escaped(wantedText(result.wanted.plain, result))}.</li></ul></header>`,
+      charts("In pictures", [
+        ...thresholdCharts(result),
+        ...replayCharts(result),
+        ...shadowCharts(result),
+      ]),
       section(
         "By threshold",
         "<p>Hits among all questions; right ones among the hits; false hits among the questions that no entry has the meaning of. In brackets: 95 % interval.</p>" +
@@ -202,7 +211,7 @@ export function evalPage(report: EvalReport): string {
             THRESHOLD_HEADS.map((head) => head.replace("| ", "")),
             thresholdCells(result).map((cells, index) => ({
               cells: cells.map((cell) => cell.replace("| ", "")),
-              isMarked: isAnswer(result.rows[index] ?? { threshold: -1 }),
+              isMarked: index === answerRow,
             })),
           ),
       ),
@@ -221,7 +230,6 @@ export function evalPage(report: EvalReport): string {
             "<p>All questions once, in random order, on a store that grows. Kept: right hits, as a share of the fixed mode's.</p>" +
               table(REPLAY_HEADS, rows(result.replays.map(replayCells))),
           ),
-      charts("Shadow mode", shadowCharts(result)),
       section(
         "Where the numbers come from",
         `<pre>${escaped([...setting(report), `with       headrace ${report.version}, Node ${report.nodeVersion}`, `again      ${report.command}`].join("\n"))}</pre>`,
@@ -298,6 +306,38 @@ function thresholdCharts({ rows, precision, wanted }: EvalResult): Chart[] {
   ];
 }
 
+function replayCharts({ replays }: EvalResult): Chart[] {
+  const verified = replays.flatMap(({ errorRateMax, errors }) =>
+    errorRateMax === undefined || errors.total === 0 ? [] : [{ errorRateMax, errors }],
+  );
+  if (verified.length < 2) return [];
+  const format = (share: number) => `${Number((share * 100).toFixed(1))} %`;
+  return [
+    {
+      title: "Verified mode",
+      caption:
+        "Wrong answers among those served, against the rate allowed; below the line is kept.",
+      x: { label: "allowed share of wrong answers", format, min: 0 },
+      y: { label: "share of served answers", format, min: 0 },
+      lines: [
+        {
+          name: "wrong",
+          colour: 0,
+          dots: true,
+          points: verified.map(({ errorRateMax, errors }) => [errorRateMax, errors.share]),
+          spread: verified.map(({ errors }) => [errors.low, errors.high]),
+        },
+        {
+          name: "allowed",
+          colour: 4,
+          isDashed: true,
+          points: verified.map(({ errorRateMax }) => [errorRateMax, errorRateMax]),
+        },
+      ],
+    },
+  ];
+}
+
 function shadowCharts({ shadow }: EvalResult): Chart[] {
   if (shadow === undefined || shadow.estimate.bands.length === 0) return [];
   const { estimate, truth, share } = shadow;
@@ -305,7 +345,12 @@ function shadowCharts({ shadow }: EvalResult): Chart[] {
     {
       title: "False would-be hits by similarity",
       caption: `Dots: the estimate from ${percent(share)} of the questions, with its 95 % interval. Line: all questions.`,
-      x: { label: "similarity (from)", format: (value) => value.toFixed(2) },
+      x: {
+        label: "similarity (from)",
+        format: (value) => value.toFixed(2),
+        min: Math.min(...truth.bands.map(({ from }) => from)) - 0.005,
+        max: 1.005,
+      },
       y: { label: "share of would-be hits", format: (value) => percent(value), min: 0, max: 1 },
       lines: [
         {
