@@ -287,14 +287,9 @@ type Kernels = {
 
 let compiled: object | undefined;
 
-/** The module's bytes, for whoever wants to look at them. */
-export function kernelBytes(): Uint8Array<ArrayBuffer> {
-  return moduleOf([products, accumulate, scan, rerank]);
-}
-
 /** Kernels over a fresh memory of at least `bytes`, all zero. Throws RangeError when the engine has none left. */
 function kernelsOver(bytes: number): { kernels: Kernels; buffer: ArrayBuffer; bytes: number } {
-  compiled ??= new WebAssembly.Module(kernelBytes());
+  compiled ??= new WebAssembly.Module(moduleOf([products, accumulate, scan, rerank]));
   const pages = Math.ceil(bytes / PAGE_BYTES);
   const memory = new WebAssembly.Memory({ initial: pages, maximum: pages });
   const { exports } = new WebAssembly.Instance(compiled, { env: { memory } });
