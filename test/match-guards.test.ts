@@ -321,21 +321,22 @@ describe("guards: hostile text", () => {
     ["thousands separators", "1,000".repeat(800)],
   ];
 
-  it.each(hostile)("%s: takes a bounded time, and answers itself", (_, text) => {
-    const startedAtMs = performance.now();
-    const features = guardFeatures(text);
-    const other = guardFeatures(`${text}!`);
-    const block = guardAgainst(features, other, strictGuards);
-    guardAgainst(guardFeatures("how do I turn 3 of `them` off?"), features, strictGuards);
-    // Some milliseconds; a quadratic step on any of these takes seconds.
-    expect(performance.now() - startedAtMs).toBeLessThan(1000);
-    expect(guardAgainst(features, guardFeatures(text), strictGuards)).toBeUndefined();
-    if (text.length > TEXT_CHARS_MAX) {
-      expect(block?.guard).toBe("length");
-      expect(JSON.stringify(features).length).toBeLessThan(300);
-    }
-    expect(JSON.stringify(features).length).toBeLessThan(60 * TEXT_CHARS_MAX);
-  });
+  // A step that is not linear takes longer on these than a test may: 1 MB of combining marks alone takes minutes.
+  it.each(hostile)(
+    "%s: is read within a bound of work and memory, and answers itself",
+    (_, text) => {
+      const features = guardFeatures(text);
+      const other = guardFeatures(`${text}!`);
+      const block = guardAgainst(features, other, strictGuards);
+      guardAgainst(guardFeatures("how do I turn 3 of `them` off?"), features, strictGuards);
+      expect(guardAgainst(features, guardFeatures(text), strictGuards)).toBeUndefined();
+      if (text.length > TEXT_CHARS_MAX) {
+        expect(block?.guard).toBe("length");
+        expect(JSON.stringify(features).length).toBeLessThan(300);
+      }
+      expect(JSON.stringify(features).length).toBeLessThan(60 * TEXT_CHARS_MAX);
+    },
+  );
 
   it("a text beyond the bound answers no other text, also where they differ in one letter", () => {
     const text = "how do I do this? ".repeat(400);
