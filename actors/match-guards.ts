@@ -56,7 +56,7 @@ export type GuardFeatures = {
 };
 
 /** UTF-16 units; semantic lookup takes questions of 128 tokens, about 500. */
-export const TEXT_CHARS_MAX = 4096;
+export const TEXT_CHARS_MAX = 2048;
 /** NFKC makes up to 18 letters of one. */
 const FOLDED_CHARS_MAX = 2 * TEXT_CHARS_MAX;
 /** Names, quotes and pieces of code of one text; each is searched for in the other. */

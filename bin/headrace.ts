@@ -2,6 +2,7 @@
 /** The `headrace` command: names its subcommands, nothing else. */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
+import { cacheCommand } from "./cache.ts";
 import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
@@ -30,6 +31,7 @@ await new Command("headrace")
   .addCommand(planCommand())
   .addCommand(fuzzCommand())
   .addCommand(calibrateCommand())
+  .addCommand(cacheCommand())
   .addCommand(checkConfigCommand())
   .addCommand(modelCommand())
   .addCommand(configReferenceCommand())

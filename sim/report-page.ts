@@ -371,10 +371,10 @@ function whatIfTable(report: PlanReport): string {
   );
 }
 
-type Cell = string | { html: string };
+export type Cell = string | { html: string };
 
 /** @param isWrapped on a phone, cells break into lines; else the table is moved sideways */
-function table(
+export function table(
   heads: readonly string[],
   rows: readonly { cells: Cell[]; isMarked: boolean }[],
   isWrapped = false,
