@@ -664,8 +664,8 @@ function sampleOf(node: NodeHost): ScrapeSample {
 
 /** What clients are told by their gateway; how their requests end, the request's own record says. */
 export type ClientSide = {
-  /** Answered from the cache; `similarity`: by meaning. */
-  onAnswered(requestId: RequestId, answer: StoredAnswer, similarity: number | undefined): void;
+  /** Answered from the cache. */
+  onAnswered(requestId: RequestId, answer: StoredAnswer): void;
   /** Reads the answer of a flight that another request leads. */
   onFollowing(requestId: RequestId): void;
   onRefused(requestId: RequestId, code: ErrorCode, retryAfterMs: number | undefined): void;
@@ -688,11 +688,7 @@ export class FrontModel implements Actor<FrontCommand> {
   receive(command: FrontCommand): void {
     switch (command.kind) {
       case "front.answer":
-        return this.#clients.onAnswered(
-          command.requestId,
-          command.answer,
-          command.facts.similarity,
-        );
+        return this.#clients.onAnswered(command.requestId, command.answer);
       case "front.attach":
         if (!this.#data.has(command.flightId)) this.#clients.onLateAttach(command.requestId);
         if (command.flightId !== command.requestId) this.#clients.onFollowing(command.requestId);

@@ -321,6 +321,8 @@ export class Simulation {
   #isDraining = false;
   #clientRetries = 0;
   #wrongHits = 0;
+  /** Of requests that have a hit by meaning, until its answer has come to the front. */
+  readonly #rightAnswers = new Map<string, string>();
   readonly #policy: SemanticPolicy | undefined;
   #retriesPending = 0;
   #lateAttaches = 0;
@@ -629,11 +631,10 @@ export class Simulation {
 
   #clientSide(root: string): ClientSide {
     return {
-      onAnswered: (requestId, answer, similarity) => {
-        const client = this.#clients.get(requestId);
-        if (client === undefined || similarity === undefined) return;
-        const isRight = decoder.decode(answer.body) === rightAnswerOf(client.request);
-        if (!isRight && this.#books.isMeasured(client.arrivedUs)) this.#wrongHits++;
+      onAnswered: (requestId, answer) => {
+        const right = this.#rightAnswers.get(requestId);
+        this.#rightAnswers.delete(requestId);
+        if (right !== undefined && decoder.decode(answer.body) !== right) this.#wrongHits++;
       },
       onFollowing: (requestId) => {
         const client = this.#clients.get(requestId);
@@ -674,6 +675,10 @@ export class Simulation {
     if (requestId === this.#spec.explain) this.#explained = record;
     if (client === undefined) return; // It went down with its gateway, as far as its client knows.
     this.#books.ended(client.arrivedUs, record);
+    const right = rightAnswerOf(client.request);
+    const isHit = record.cache === "hit_semantic" && record.outcome === "ok";
+    if (isHit && right !== undefined && this.#books.isMeasured(client.arrivedUs))
+      this.#rightAnswers.set(requestId, right);
     this.#close(client);
     if (record.outcome === "refused" || record.outcome === "failed") this.#askAgain(client);
   }

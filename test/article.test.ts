@@ -69,7 +69,9 @@ describe("vectors of a load's questions", () => {
       options: { cache: { semantic } },
       seed: SEED,
       load,
-      onRecord: ({ cache, endedMs }) => seen.push(`${cache}${endedMs >= 12 ? "" : " at once"}`),
+      onRecord: ({ cache, endedMs }) => {
+        seen.push(`${cache}${endedMs >= 12 ? "" : " at once"}`);
+      },
     });
     expect(seen.slice(0, 4)).toEqual(["miss", "hit_semantic", "hit_exact at once", "miss"]);
     const wrong = lookalikes.filter((each) => cosine(each, original) >= 0.95).length;
