@@ -37,7 +37,7 @@ import {
 } from "./match-guards.ts";
 import type { SemanticPolicy, StoredAnswer, StoredQuestion } from "./protocol.ts";
 import { ExactIndex } from "./vector-index.ts";
-import { decide, EntryEvidence, EvidencePool } from "./verified-mode.ts";
+import { decide, EntryEvidence, EvidencePool, learn } from "./verified-mode.ts";
 
 export type SemanticOptions = {
   /** Life of an entry, > 0. */
@@ -158,6 +158,8 @@ type Pool = {
   readonly evidence: EvidencePool;
   readonly precision: PrecisionSwitch;
   readonly shadow: ShadowStats;
+  /** As its questions wanted it last. */
+  errorRateMax: number;
 };
 
 /** Candidates that are looked at, best first (the article's KNN 3). */
@@ -292,6 +294,7 @@ export class SemanticShard {
       return { kind: "explore", says: "too few of its tenant's judged hits were right" };
     }
     if (mode === "fixed") return { kind: "serve", says: `at or above ${similarityMin}` };
+    pool.errorRateMax = errorRateMax;
     const { evidence } = entry;
     return decide({
       similarity,
@@ -314,6 +317,7 @@ export class SemanticShard {
       evidence: new EvidencePool(),
       precision: new PrecisionSwitch(this.#options.precisionMin),
       shadow: new ShadowStats(),
+      errorRateMax: 0.01,
     };
     this.#pools.set(name, pool);
     return pool;
@@ -455,8 +459,8 @@ export class SemanticShard {
     }
     if (right) this.#counts.judgedRight++;
     else this.#counts.judgedWrong++;
-    entry.evidence.add(similarity, right);
-    pool.evidence.add(similarity, right);
+    const { errorRateMax } = pool;
+    learn({ similarity, entry: entry.evidence, pool: pool.evidence, errorRateMax }, right);
     pool.precision.add(right);
   }
 

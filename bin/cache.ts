@@ -8,16 +8,20 @@ import { createHash } from "node:crypto";
 import { createReadStream, writeFileSync } from "node:fs";
 import cliProgress from "cli-progress";
 import { Command } from "commander";
-import { LexicalEmbedder } from "../actors/lexical-embedder.ts";
 import { type EvalEmbedder, type EvalResult, evaluateCache } from "../sim/cache-eval.ts";
 import { type EvalReport, evalPage, formatEval } from "../sim/cache-eval-report.ts";
 import { type LabelledPair, PairError, PairReader } from "../sim/labelled-pairs.ts";
+import { openBackend } from "../transport/embedder.ts";
+import { type EmbedderBackend, EmbedderError, selfTest } from "../transport/embedder-backend.ts";
+import { parseOptions } from "../transport/options.ts";
 import { FlagError, numberOf, quoted } from "./flag-values.ts";
 
 type Flags = {
   pairs: string[];
   embedder: string[];
-  dimension: string;
+  dimension?: string;
+  model?: string;
+  key?: string;
   threshold: string;
   thresholdMin: string;
   precision: string;
@@ -32,7 +36,6 @@ type Flags = {
 
 /** Held in memory with their vectors: some 3 KB each at 384 dimensions. */
 const PAIRS_MAX = 100_000;
-const DIMENSION_MAX = 4096;
 const DEFAULT_SHADOW = 0.2;
 
 export function cacheCommand(): Command {
@@ -48,8 +51,14 @@ function evalCommand(): Command {
       "--pairs <files...>",
       "text, text and label (0 or 1) by tabs, or .json / .jsonl of text_a, text_b, label",
     )
-    .option("--embedder <kind...>", "lexical (built in: words, not meaning)", ["lexical"])
-    .option("--dimension <count>", "of the lexical embedder", "384")
+    .option(
+      "--embedder <kind...>",
+      "lexical (built in: words, not meaning), http URL, or transformers PATH",
+      ["lexical"],
+    )
+    .option("--model <name>", "of an http endpoint, or in a folder of models")
+    .option("--key <key>", "sent to an http endpoint as bearer token")
+    .option("--dimension <count>", "that vectors must have; of the lexical embedder 384 by default")
     .option("--precision <share>", "wanted share of right hits", "0.95")
     .option("--threshold <cosine>", "where guards are taken apart and replays serve", "0.92")
     .option("--threshold-min <cosine>", "least threshold measured", "0.85")
@@ -77,10 +86,12 @@ async function run(flags: Flags, command: Command): Promise<void> {
   const progress = new Progress();
   const onInterrupt = () => process.exit(130);
   process.on("SIGINT", onInterrupt);
+  let backend: EmbedderBackend | undefined;
   try {
-    const embedder = embedderOf(flags);
     const options = optionsOf(flags);
     const { pairs, files } = await readPairs(flags);
+    backend = await backendOf(flags);
+    const embedder = await opened(backend, flags);
     const result = await evaluateCache(pairs, embedder, options, (...step) =>
       progress.show(...step),
     );
@@ -93,33 +104,74 @@ async function run(flags: Flags, command: Command): Promise<void> {
     process.exitCode = result.wanted.guarded === undefined ? 1 : 0;
   } catch (error) {
     progress.end();
-    if (!(error instanceof FlagError || error instanceof PairError)) throw error;
+    if (
+      !(error instanceof FlagError || error instanceof PairError || error instanceof EmbedderError)
+    )
+      throw error;
     return command.error(`headrace cache eval: ${error.message}`, {
       exitCode: 2,
       code: "headrace.cache",
     });
   } finally {
+    await backend?.close();
     process.off("SIGINT", onInterrupt);
   }
 }
 
 // ---- flags ------------------------------------------------------------------------------------------------------
 
-function embedderOf({ embedder: [kind = "", ...rest], dimension }: Flags): EvalEmbedder {
-  if (kind !== "lexical" || rest.length > 0) {
-    throw new FlagError(`--embedder is ${[kind, ...rest].join(" ")}; accepted: lexical`);
-  }
-  const count = numberOf("--dimension", dimension);
-  if (!Number.isInteger(count) || count < 16 || count > DIMENSION_MAX) {
+/** A batch of 8 texts of 128 tokens takes some 0.3 s; an endpoint far away may take its time. */
+const BATCH_MS_MAX = 30_000;
+
+async function backendOf(flags: Flags): Promise<EmbedderBackend> {
+  const { embedder, dimension, model, key } = flags;
+  const [type = "", place, ...rest] = embedder;
+  const isPlaced = type === "http" || type === "transformers";
+  if (!(isPlaced || type === "lexical") || isPlaced !== (place !== undefined) || rest.length > 0) {
     throw new FlagError(
-      `--dimension is ${dimension}; it must be a whole number from 16 to ${DIMENSION_MAX}`,
+      `--embedder is ${embedder.join(" ")}; accepted: lexical, http URL, transformers PATH`,
     );
   }
-  const lexical = new LexicalEmbedder(count);
-  return {
-    id: lexical.id,
-    embed: async (texts) => texts.map((text) => lexical.embed(text)),
-  };
+  const nodes = [{ url: "http://127.0.0.1:1" }]; // Not asked; without one no options are complete.
+  const parsed = parseOptions({
+    nodes,
+    cache: {
+      semantic: {
+        embedder: {
+          type,
+          ...(type === "http" ? { url: place } : type === "transformers" ? { path: place } : {}),
+          ...(model !== undefined && { model }),
+          ...(key !== undefined && { key }),
+          ...(dimension !== undefined && { dimension: numberOf("--dimension", dimension) }),
+        },
+      },
+    },
+  });
+  if (!parsed.ok) {
+    const problems = parsed.problems.map(
+      ({ path, message }) => `--${path.split(".").at(-1)}: ${message}`,
+    );
+    throw new FlagError(problems.join("\n"));
+  }
+  const backend = await openBackend(parsed.options.cache.semantic.embedder);
+  if (backend === undefined) throw new FlagError("--embedder is off: there is nothing to measure");
+  return backend;
+}
+
+/** The embedder as the benchmark asks it; says so where the gateway would refuse it. */
+async function opened(backend: EmbedderBackend, { dimension }: Flags): Promise<EvalEmbedder> {
+  const { id, version } = await backend.open();
+  const embed: EvalEmbedder["embed"] = (texts) =>
+    backend.embed(texts, AbortSignal.timeout(BATCH_MS_MAX));
+  const wanted = dimension === undefined ? undefined : numberOf("--dimension", dimension);
+  const { problem } = await selfTest(
+    (texts) => backend.embed(texts, AbortSignal.timeout(BATCH_MS_MAX)),
+    wanted,
+  );
+  if (problem !== undefined) {
+    console.error(`warning: the gateway would refuse this embedder: ${problem}`);
+  }
+  return { id: `${id}, version ${version}`, embed };
 }
 
 function optionsOf(flags: Flags) {
@@ -199,7 +251,8 @@ function reportOf(
   command: Command,
 ): EvalReport {
   const valued: [string, string | undefined][] = [
-    ["--dimension", flags.dimension === "384" ? undefined : flags.dimension],
+    ["--model", flags.model],
+    ["--dimension", flags.dimension],
     ["--precision", flags.precision],
     ["--threshold", flags.threshold],
     ["--threshold-min", flags.thresholdMin],

@@ -688,12 +688,12 @@ function wholePercent(share: number): string {
 // ---- the page -----------------------------------------------------------------------------------
 
 /** A part of a page; `inner` is markup. */
-function section(title: string, inner: string): string {
+export function section(title: string, inner: string): string {
   return `<section><h2>${escaped(title)}</h2>${inner}</section>`;
 }
 
 /** A part of a page that holds charts; nothing where there is none. */
-function charts(title: string, all: readonly Chart[]): string {
+export function charts(title: string, all: readonly Chart[]): string {
   if (all.length === 0) return "";
   const figures = all.map(
     (chart) =>
@@ -704,7 +704,7 @@ function charts(title: string, all: readonly Chart[]): string {
 }
 
 /** A whole page; `body` is markup. */
-function page(title: string, body: string): string {
+export function page(title: string, body: string): string {
   return [
     "<!doctype html>",
     '<html lang="en"><head><meta charset="utf-8">',

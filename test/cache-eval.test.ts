@@ -352,11 +352,11 @@ describe.skipIf(!isBuilt())("cache eval: the command", () => {
   it.each([
     [["--pairs", "missing.tsv"], "--pairs missing.tsv: ENOENT"],
     [[], "required option '--pairs <files...>'"],
-    [["--pairs", fixture, "--embedder", "oracle"], "--embedder is oracle; accepted: lexical"],
     [
-      ["--pairs", fixture, "--dimension", "8"],
-      "--dimension is 8; it must be a whole number from 16",
+      ["--pairs", fixture, "--embedder", "oracle"],
+      "--embedder is oracle; accepted: lexical, http URL, transformers PATH",
     ],
+    [["--pairs", fixture, "--dimension", "8"], "which has 16 to 4096 dimensions"],
     [["--pairs", fixture, "--precision", "95"], "--precision is 95; it must be a number between"],
     [["--pairs", fixture, "--threshold", "0.8"], "--threshold 0.8 is below --threshold-min 0.85"],
     [["--pairs", fixture, "--verified", "0.01,x"], '--verified is "x"; it must be a number'],

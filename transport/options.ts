@@ -1067,6 +1067,13 @@ function* brokenSemantic({ cache }: Options): Generator<Relation> {
       yield { paths: [`${at}.${field}`, `${at}.type`], message: "is missing: type is http" };
     }
   }
+  const { dimension = 384 } = embedder;
+  if (embedder.type === "lexical" && (dimension < 16 || dimension > 4096)) {
+    yield {
+      paths: [`${at}.dimension`, `${at}.type`],
+      message: `is ${dimension}, but type is lexical, which has 16 to 4096 dimensions`,
+    };
+  }
   const only = { path: "transformers", url: "http", key: "http" } as const;
   for (const [field, type] of Object.entries(only)) {
     if (embedder[field as keyof typeof only] === undefined) continue;
