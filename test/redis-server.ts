@@ -12,8 +12,10 @@ import { redis8Program, requireRedis } from "./environment.ts";
 
 const installed = "redis-server";
 
+/** Major version of the installed one; 0 = there is none. */
+export const redisVersion = versionOf(installed);
 /** Whether redis-server can be run here. */
-export const redisAvailable = versionOf(installed) > 0;
+export const redisAvailable = redisVersion > 0;
 if (!redisAvailable) skipped("redis-server is not installed (apt-get install redis-server)");
 
 /** One that has vector sets; absent where there is none. Said when it is looked for. */

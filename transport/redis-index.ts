@@ -55,8 +55,9 @@ class VectorSets implements QuestionIndex {
     const key = this.#keyOf(member);
     if (key === undefined) return [];
     return [
-      // CAS: the neighbours are sought in a thread of Redis, not in its loop.
-      ["VADD", key, "FP32", vectorBytes(vector), member, "CAS"],
+      // Without CAS, which would seek neighbours in a thread of Redis: Redis 8.0.2 ends with an assertion when it loads
+      // such a command from its append-only file, and does not come back.
+      ["VADD", key, "FP32", vectorBytes(vector), member],
       // As long as the longest life in it; GT alone leaves a new key without one.
       ["PEXPIRE", key, lifeMs, "NX"],
       ["PEXPIRE", key, lifeMs, "GT"],

@@ -4,7 +4,7 @@
  *
  * All but the search runs on a connection of its own, so that a page of questions never stands before a lookup. Redis
  * runs one command at a time, so each is small: a page is at most 64 entries or about 1 MiB, whichever is less, and a
- * write drops at most 64 members that have expired.
+ * write drops at most 8 members that have expired.
  *
  * Redis away, slow or full costs what it does not hold, never an error:
  * - what is learnt meanwhile is not written; writes without a reply are bounded in number and bytes.
@@ -83,7 +83,8 @@ const WRITE_BYTES_OPEN_MAX = 32 << 20;
 const ENTRY_BYTES_MORE = 128 << 10;
 const PAGE_ENTRIES_MAX = 64;
 const PAGE_BYTES_MAX = 1 << 20;
-const EXPIRED_DROPPED_MAX = 64;
+/** By one write, which adds one: enough to keep up, and few, since an index takes its time for each. */
+const EXPIRED_DROPPED_MAX = 8;
 /** Entries found wrong that are known here; about 200 bytes each. */
 const FORGETS_MAX = 10_000;
 /** Sent at a time. */
@@ -412,7 +413,8 @@ export class RedisQuestions {
 
   /**
    * In the order of expiry, so that the newest come last, and stay where memory is short. A cursor is the score to go
-   * on at, and how many of that very score have been read: entries that come and go meanwhile do not disturb it.
+   * on at, and how many of that very score have been read: what comes and goes meanwhile does not disturb it, but that
+   * one of the same millisecond may be passed over when another one leaves in between.
    */
   async #page(link: RedisLink, bucket: string, cursor: string): Promise<Recalled> {
     const [, from = "-inf", skipText = "0"] = /^([^:]+):(\d+)$/.exec(cursor) ?? [];
