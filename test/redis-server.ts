@@ -1,25 +1,46 @@
 /**
- * A private redis-server for tests: on a free port of the loopback, without persistence, gone at the end. Without
- * the program, tests that need it are skipped with one line; with HEADRACE_REQUIRE_REDIS=1 that is a failure.
+ * A private redis-server for tests: on a free port of the loopback, without persistence unless asked for, gone at the
+ * end. Without the program, or one of version 8 where vector sets are tested, the tests that need it are skipped with
+ * one line; with HEADRACE_REQUIRE_REDIS=1 that is a failure.
  */
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { connect, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { requireRedis } from "./environment.ts";
+import { redis8Program, requireRedis } from "./environment.ts";
 
+const installed = "redis-server";
+
+/** Major version of the installed one; 0 = there is none. */
+export const redisVersion = versionOf(installed);
 /** Whether redis-server can be run here. */
-export const redisAvailable = spawnSync("redis-server", ["--version"]).status === 0;
+export const redisAvailable = redisVersion > 0;
+if (!redisAvailable) skipped("redis-server is not installed (apt-get install redis-server)");
 
-if (!redisAvailable) {
-  const line = "redis-server is not installed (apt-get install redis-server)";
+/** One that has vector sets; absent where there is none. Said when it is looked for. */
+export function redis8(): string | undefined {
+  const program = redis8Program ?? installed;
+  if (versionOf(program) >= 8) return program;
+  skipped(`${program} is no redis-server 8 (HEADRACE_REDIS_8=$(.ci/redis-8) names one)`);
+  return undefined;
+}
+
+/** Major version; 0 where it does not run. */
+function versionOf(program: string): number {
+  const { stdout } = spawnSync(program, ["--version"], { encoding: "utf8" });
+  return Number(/ v=(\d+)\./.exec(stdout ?? "")?.[1] ?? 0);
+}
+
+function skipped(line: string): void {
   if (requireRedis) throw new Error(line);
   console.warn(`skipped: ${line}`);
 }
 
 export type RedisServer = {
   port: number;
+  /** Where it persists, if it does. */
+  folder: string;
   url: string;
   /** Sends one command over a connection of its own; the reply as Redis writes it. */
   command(...words: string[]): Promise<string>;
@@ -32,12 +53,21 @@ export type RedisServer = {
   stop(): Promise<void>;
 };
 
-/** @param options.port taken over from a killed one; else a free one. @param options.sentinelOf watches that master. */
+/**
+ * @param options.program else the installed one. @param options.port taken over from a killed one; else a free one.
+ * @param options.folder of a killed one, whose data it takes up. @param options.sentinelOf watches that master.
+ */
 export async function startRedis(
-  options: { args?: readonly string[]; port?: number; sentinelOf?: number } = {},
+  options: {
+    program?: string;
+    args?: readonly string[];
+    port?: number;
+    folder?: string;
+    sentinelOf?: number;
+  } = {},
 ): Promise<RedisServer> {
   const port = options.port ?? (await freePort());
-  const folder = mkdtempSync(join(tmpdir(), "headrace-redis-"));
+  const folder = options.folder ?? mkdtempSync(join(tmpdir(), "headrace-redis-"));
   const args = ["--port", String(port), "--bind", "127.0.0.1", "--dir", folder];
   if (options.sentinelOf === undefined) args.push("--save", "", "--appendonly", "no");
   else {
@@ -45,7 +75,9 @@ export async function startRedis(
     writeFileSync(config, `sentinel monitor main 127.0.0.1 ${options.sentinelOf} 1\n`);
     args.unshift(config, "--sentinel");
   }
-  const child = spawn("redis-server", [...args, ...(options.args ?? [])], { stdio: "ignore" });
+  const child = spawn(options.program ?? installed, [...args, ...(options.args ?? [])], {
+    stdio: "ignore",
+  });
   const onExit = (): void => void child.kill("SIGKILL");
   process.once("exit", onExit);
   const exited = new Promise<void>((resolve) => child.once("exit", () => resolve()));
@@ -60,6 +92,7 @@ export async function startRedis(
   });
   return {
     port,
+    folder,
     url: `redis://127.0.0.1:${port}`,
     command: (...words) => command(port, words),
     kill,

@@ -1,128 +1,18 @@
 /** The shared store against a real Redis: what is kept, and that Redis can do no harm. */
 import { setTimeout as delay } from "node:timers/promises";
 import fc from "fast-check";
-import { afterEach, describe, expect, it } from "vitest";
-import type { StoreCommand, StoreGot } from "../actors/edges.ts";
-import type { StoredAnswer } from "../actors/protocol.ts";
-import type { Actor, Context, ReplyTo } from "../runtime/actor.ts";
-import {
-  decodeAnswer,
-  encodeAnswer,
-  openRedisStore,
-  type RedisStore,
-  type StoreOptions,
-} from "../transport/redis-store.ts";
+import { describe, expect, it } from "vitest";
+import { decodeAnswer, encodeAnswer } from "../transport/redis-values.ts";
 import { type RedisServer, redisAvailable, startRedis } from "./redis-server.ts";
+import { answer, cleanups, redis, StoreRig, until } from "./store-rig.ts";
 
 fc.configureGlobal({ seed: 20_251_124 });
-
-const cleanups: (() => Promise<unknown>)[] = [];
-afterEach(async () => {
-  for (const cleanup of cleanups.splice(0).reverse()) await cleanup();
-});
-
-const body = Buffer.from('{"choices":[{"message":{"content":"grüezi 🌍"}}]}');
-const answer: StoredAnswer = {
-  body,
-  bytes: body.length,
-  route: "chat",
-  model: "m",
-  promptTokens: 5,
-  outputTokens: 2,
-};
-
-async function redis(
-  args: readonly string[] = ["--maxmemory-policy", "allkeys-lru"],
-): Promise<RedisServer> {
-  const server = await startRedis({ args });
-  cleanups.push(() => server.stop());
-  return server;
-}
-
-/** A store with a mailbox that only collects replies. */
-class Rig {
-  readonly store: RedisStore;
-  readonly logged: string[];
-  readonly #edge: Actor<StoreCommand>;
-  readonly #waiting = new Map<number, (value: unknown) => void>();
-  #asks = 0;
-
-  constructor(store: RedisStore, logged: string[]) {
-    this.store = store;
-    this.logged = logged;
-    this.#edge = store.edge((to, value) => {
-      const resolve = this.#waiting.get(to.askId);
-      if (resolve === undefined) throw new Error("a second reply to one ask");
-      this.#waiting.delete(to.askId);
-      resolve(value);
-    });
-    cleanups.push(() => store.close());
-  }
-
-  static async open(place: StoreOptions["redis"] | RedisServer, timeoutMs = 1000): Promise<Rig> {
-    const logged: string[] = [];
-    const log = {
-      info: (_: object, text: string) => void logged.push(text),
-      warn: (fields: object, text: string) => void logged.push(`${text} ${JSON.stringify(fields)}`),
-    };
-    const where = place !== undefined && "port" in place ? { url: place.url } : place;
-    const defaults = { tls: false, keyPrefix: "headrace:" };
-    const redis = { ...defaults, ...where };
-    return new Rig(await openRedisStore({ storeTimeoutMs: timeoutMs, redis }, log), logged);
-  }
-
-  /** With the connection up. */
-  static async ready(place: StoreOptions["redis"] | RedisServer, timeoutMs = 1000): Promise<Rig> {
-    const rig = await Rig.open(place, timeoutMs);
-    await until(() => rig.store.stats().connected);
-    return rig;
-  }
-
-  #send(command: StoreCommand): void {
-    this.#edge.receive(command, undefined as never as Context<StoreCommand>);
-  }
-
-  #ask<R>(make: (replyTo: ReplyTo<R>) => StoreCommand): Promise<R> {
-    const askId = ++this.#asks;
-    return new Promise<R>((resolve) => {
-      this.#waiting.set(askId, (value) => resolve(value as R));
-      this.#send(make({ asker: "/cache", askId }));
-    });
-  }
-
-  get(key: string, tenant = "acme"): Promise<StoreGot> {
-    return this.#ask((replyTo) => ({ kind: "store.get", key, tenant, replyTo }));
-  }
-
-  purge(tenant?: string): Promise<{ removed: number }> {
-    return this.#ask((replyTo) => ({
-      kind: "store.purge",
-      ...(tenant === undefined ? {} : { tenant }),
-      replyTo,
-    }));
-  }
-
-  /** Resolves when Redis has taken it. */
-  async put(key: string, tenant = "acme", ttlMs = 60_000, what = answer): Promise<void> {
-    const { puts, putsDropped, putsFailed } = this.store.stats();
-    const before = puts + putsDropped + putsFailed;
-    this.#send({ kind: "store.put", key, tenant, answer: what, ttlMs });
-    await until(() => {
-      const now = this.store.stats();
-      return now.puts + now.putsDropped + now.putsFailed > before;
-    });
-  }
-}
-
-async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
-  while (!(await condition())) await delay(5);
-}
 
 const nameOfA = /headrace:v1:answer:[0-9a-f]{16}:a/;
 
 describe.skipIf(!redisAvailable)("redis store", () => {
   it("gives back what was put, with what is left of its life", async () => {
-    const rig = await Rig.ready(await redis());
+    const rig = await StoreRig.ready(await redis());
     await rig.put("a");
     const got = await rig.get("a");
     expect(got.answer).toEqual(answer);
@@ -132,7 +22,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
   });
 
   it("misses what is not there, and what another tenant put", async () => {
-    const rig = await Rig.ready(await redis());
+    const rig = await StoreRig.ready(await redis());
     await rig.put("a", "acme");
     expect(await rig.get("b", "acme")).toEqual({ ttlMs: 0 });
     expect(await rig.get("a", "other")).toEqual({ ttlMs: 0 });
@@ -141,29 +31,29 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("survives its gateway: another store finds the entries", async () => {
     const server = await redis();
-    const first = await Rig.ready(server);
+    const first = await StoreRig.ready(server);
     await first.put("a");
     await first.store.close();
-    expect((await (await Rig.ready(server)).get("a")).answer).toEqual(answer);
+    expect((await (await StoreRig.ready(server)).get("a")).answer).toEqual(answer);
   });
 
   it("lets entries expire", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a", "acme", 40);
     await until(async () => (await server.command("DBSIZE")).startsWith(":0"));
     expect(await rig.get("a")).toEqual({ ttlMs: 0 });
   });
 
   it("does not put what has no life left", async () => {
-    const rig = await Rig.ready(await redis());
+    const rig = await StoreRig.ready(await redis());
     await rig.put("a", "acme", 0.5);
     expect(rig.store.stats()).toMatchObject({ puts: 0, putsDropped: 1 });
   });
 
   it("hides tenants' names and keeps to its prefix", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a");
     const keys = await server.command("KEYS", "*");
     expect(keys).toMatch(nameOfA);
@@ -180,7 +70,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
     ["empty", () => Buffer.alloc(0)],
   ])("takes an entry that is not whole for a miss, and removes it: %s", async (_, spoil) => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a");
     const name = nameOfA.exec(await server.command("KEYS", "*"))?.[0] ?? "";
     // Through latin1 and back, so that any bytes fit into a command of text.
@@ -195,7 +85,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("takes an entry of another type for a miss", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a");
     const name = nameOfA.exec(await server.command("KEYS", "*"))?.[0] ?? "";
     await server.command("DEL", name);
@@ -208,7 +98,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("purges one tenant, or all, and nothing else", async () => {
     const server = await redis();
-    const rig = await Rig.ready({ url: server.url, tls: false, keyPrefix: "h[1]*:" });
+    const rig = await StoreRig.ready({ url: server.url, tls: false, keyPrefix: "h[1]*:" });
     for (let i = 0; i < 1200; i++) void rig.put(`k${i}`, i % 2 === 0 ? "acme" : "other");
     await until(() => {
       const { puts, putsDropped } = rig.store.stats();
@@ -228,7 +118,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("drops writes beyond its bound instead of holding them", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     for (let i = 0; i < 400; i++) void rig.put(`k${i}`);
     expect(rig.store.stats().putsDropped).toBe(144);
     await until(() => rig.store.stats().puts === 256);
@@ -238,7 +128,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
     const server = await redis();
     const { port } = server;
     await server.stop();
-    const rig = await Rig.open({
+    const rig = await StoreRig.open({
       url: `redis://127.0.0.1:${port}`,
       tls: false,
       keyPrefix: "headrace:",
@@ -256,7 +146,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("misses while Redis is killed, says so once, and goes on after a restart", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a");
     const lookups = Promise.all(Array.from({ length: 50 }, () => rig.get("a")));
     await server.kill();
@@ -276,7 +166,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("delays no more than the first lookups while Redis hangs, and asks again when it is back", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server, 40);
+    const rig = await StoreRig.ready(server, 40);
     await rig.put("a");
     server.pause();
     await Promise.all([rig.get("a"), rig.get("a"), rig.get("a")]);
@@ -299,7 +189,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("says so when the eviction policy does not suit a cache, and again only when it changes", async () => {
     const server = await redis(["--maxmemory-policy", "noeviction"]);
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await until(() => rig.store.stats().policyOk !== undefined);
     expect(rig.store.stats().policyOk).toBe(false);
     const told = (): string[] => rig.logged.filter((line) => line.includes("maxmemory-policy"));
@@ -308,7 +198,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
   });
 
   it("says nothing of a policy that suits, and watches memory and latency", async () => {
-    const rig = await Rig.ready(
+    const rig = await StoreRig.ready(
       await redis(["--maxmemory-policy", "allkeys-lru", "--maxmemory", "64mb"]),
     );
     await until(() => rig.store.stats().policyOk !== undefined);
@@ -321,7 +211,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("counts what a full Redis refuses, and goes on", async () => {
     const server = await redis(["--maxmemory-policy", "noeviction", "--maxmemory", "2mb"]);
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     const big = { ...answer, body: Buffer.alloc(2 << 20), bytes: 2 << 20 };
     await rig.put("big", "acme", 60_000, big);
     await rig.put("next", "acme", 60_000, big);
@@ -331,7 +221,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("uses a password, and is away with a wrong one", async () => {
     const server = await redis(["--requirepass", "secret"]);
-    const right = await Rig.ready({
+    const right = await StoreRig.ready({
       url: server.url,
       tls: false,
       keyPrefix: "h:",
@@ -339,7 +229,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
     });
     await right.put("a");
     expect((await right.get("a")).answer).toEqual(answer);
-    const wrong = await Rig.open({
+    const wrong = await StoreRig.open({
       url: server.url,
       tls: false,
       keyPrefix: "h:",
@@ -364,7 +254,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
         return info.includes("cluster_state:ok") && info.includes("cluster_size:2");
       });
     }
-    const rig = await Rig.ready({
+    const rig = await StoreRig.ready({
       clusterNodes: [`127.0.0.1:${one}`],
       tls: false,
       keyPrefix: "headrace:",
@@ -385,7 +275,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
     const master = await redis();
     const sentinel = await startRedis({ sentinelOf: master.port });
     cleanups.push(() => sentinel.stop());
-    const rig = await Rig.ready({
+    const rig = await StoreRig.ready({
       sentinels: [`127.0.0.1:${sentinel.port}`],
       sentinelMaster: "main",
       tls: false,
@@ -398,7 +288,7 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("leaves no connection after close, and closes twice", async () => {
     const server = await redis();
-    const rig = await Rig.ready(server);
+    const rig = await StoreRig.ready(server);
     await rig.put("a");
     await Promise.all([rig.store.close(), rig.store.close()]);
     await until(async () =>
@@ -409,12 +299,12 @@ describe.skipIf(!redisAvailable)("redis store", () => {
 
   it("closes while Redis hangs, and while it is away", async () => {
     const server = await redis();
-    const hanging = await Rig.ready(server);
+    const hanging = await StoreRig.ready(server);
     server.pause();
     await hanging.store.close();
     server.resume();
     await server.kill();
-    const away = await Rig.open(server);
+    const away = await StoreRig.open(server);
     await away.store.close();
     await until(() => !hanging.store.stats().connected);
   });

@@ -44,7 +44,7 @@ const packageHomes: Readonly<Record<string, readonly string[]>> = {
   commander: ["bin/"],
   picocolors: ["bin/"],
   "fastest-levenshtein": ["transport/option-problems.ts"],
-  ioredis: ["transport/redis-store.ts"],
+  ioredis: ["transport/redis-link.ts"],
   msgpackr: ["transport/wire.ts"],
   nact: ["runtime/nact-scheduler.ts"],
   pino: ["transport/log.ts"],

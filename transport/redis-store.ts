@@ -1,28 +1,29 @@
 /**
- * The shared, surviving copy of the cache, in Redis: alone, behind Sentinel, or a Cluster. The only importer of
- * ioredis, which is loaded when the first store is made, so that a gateway without Redis does not pay for it.
- *
- * Keys: `<prefix>v1:answer:<tenant>:<key>`, tenant = the first 16 hex digits of its sha256 (names stay private,
- * and a tenant can be purged by pattern). Values: see `encodeAnswer`. Every entry has a time to live.
+ * The shared, surviving copy of the cache, in Redis: alone, behind Sentinel, or a Cluster. Answers for equal requests
+ * here; questions for others of the same meaning in redis-questions.ts. Keys and values: redis-values.ts. Every entry
+ * has a time to live.
  *
  * Redis is never in the way. Away, slow, full or corrupt, it makes misses and figures, never an error:
  * - not connected: a miss at once; reconnection goes on with back-off and jitter.
- * - no reply within `timeoutMs`: a miss; then nothing is asked for a short while (250 ms, doubling to 5 s), after
- *   which one lookup alone tries, so that a Redis that hangs does not delay every request.
+ * - no reply within `timeoutMs`: a miss; then Redis is left alone for a while (redis-rest.ts).
  * - a value that is not whole: a miss, and the entry is removed.
  */
-import { createHash } from "node:crypto";
-import { crc32 } from "node:zlib";
-import type { Cluster, Redis } from "ioredis";
 import type { StoreCommand, StoreGot } from "../actors/edges.ts";
-import type { Route, StoredAnswer } from "../actors/protocol.ts";
+import type { StoredAnswer } from "../actors/protocol.ts";
 import { type Actor, assert, type ReplyTo, unreachable } from "../runtime/actor.ts";
+import { ConfigError } from "./config.ts";
 import type { Log } from "./log.ts";
 import type { Options } from "./options.ts";
+import { questionIndex } from "./redis-index.ts";
+import { type Commands, type RedisLink, redisLinks, type Words } from "./redis-link.ts";
+import { type QuestionStats, RedisQuestions } from "./redis-questions.ts";
+import { Rest } from "./redis-rest.ts";
+import { decodeAnswer, encodeAnswer, KeyNames } from "./redis-values.ts";
 
-/** Where Redis is, and how long a lookup may take. */
-export type StoreOptions = Pick<Options["cache"], "storeTimeoutMs" | "redis">;
-type RedisPlace = NonNullable<StoreOptions["redis"]>;
+/** Where Redis is, what it keeps, and how long a lookup may take. */
+export type StoreOptions = Pick<Options["cache"], "storeTimeoutMs" | "answerBytesMax" | "redis"> & {
+  semantic: Pick<Options["cache"]["semantic"], "index">;
+};
 
 /** What the operator should know of goes to the log: lost and found, a policy that does not suit a cache. */
 export type StoreLog = Pick<Log, "info" | "warn">;
@@ -56,88 +57,71 @@ export type StoreStats = {
   maxMemoryBytes?: number;
   /** Every master evicts by `allkeys-lru`. */
   policyOk?: boolean;
-};
+  /** Every master has what `cache.semantic.index` needs; absent where the actors are the index, or it is not known. */
+  indexOk?: boolean;
+} & QuestionStats;
 
 type Miss = Extract<keyof StoreStats, `misses${string}`>;
-type Results = readonly [Error | null, unknown][];
 
-/** Housekeeping (scan, info, writes) may take longer than a lookup. */
-const COMMAND_TIMEOUT_MS = 1000;
-const CONNECT_TIMEOUT_MS = 1000;
-const RECONNECT_MS = 100;
-const RECONNECT_MS_MAX = 5000;
-const REST_MS = 250;
-const REST_MS_MAX = 5000;
 const HEALTH_MS = 10_000;
 /** Writes without a reply so far; more are dropped: the cache is a copy, not a ledger. */
 const PUTS_OPEN_MAX = 256;
 const SCAN_COUNT = 500;
 const POLICY = "allkeys-lru";
+/** At the start, for Redis to show whether it has the index that is wanted. */
+const INDEX_WAIT_MS = 2000;
 
 /**
- * Starts connecting and returns; until Redis is there, lookups are misses.
+ * Starts connecting and returns; until Redis is there, lookups are misses. Only where Redis itself is to be the index
+ * does it wait for Redis, and 2 s at most, to see whether it can.
+ * @throws ConfigError when Redis is there and cannot.
  * @throws AssertionError when no Redis is configured.
  */
 export async function openRedisStore(options: StoreOptions, log: StoreLog): Promise<RedisStore> {
-  const { redis } = options;
+  const { redis, semantic } = options;
   assert(redis !== undefined, "a store is opened where Redis is configured");
-  const client = await connect(redis);
-  return new RedisStore(client, redis.keyPrefix, options.storeTimeoutMs, log);
-}
-
-async function connect(redis: RedisPlace): Promise<Redis | Cluster> {
-  const ioredis = await import("ioredis");
-  const { username, password, clusterNodes, sentinels, sentinelMaster, url } = redis;
-  const common = {
-    ...(username === undefined ? {} : { username }),
-    ...(password === undefined ? {} : { password }),
-    protocol: 2, // Nothing here needs RESP3, and proxies and old servers do not have it.
-    connectTimeout: CONNECT_TIMEOUT_MS,
-    commandTimeout: COMMAND_TIMEOUT_MS,
-    enableOfflineQueue: false,
-    autoResendUnfulfilledCommands: false,
-    maxRetriesPerRequest: 0,
-    disableClientInfo: true,
-  } as const;
-  const tls = redis.tls ? { tls: {} } : {};
-  if (clusterNodes !== undefined) {
-    const { enableOfflineQueue, ...nodeOptions } = common;
-    return new ioredis.Cluster(clusterNodes.map(hostPort), {
-      redisOptions: { ...nodeOptions, ...tls },
-      enableOfflineQueue,
-      clusterRetryStrategy: reconnectMs,
-      maxRedirections: 3,
-      slotsRefreshTimeout: CONNECT_TIMEOUT_MS,
-    });
+  const { index: name } = semantic;
+  if (name === "redis-search" && redis.clusterNodes !== undefined)
+    throw indexError(
+      `is ${name}, and cache.redis names a cluster: RediSearch is used on one server`,
+    );
+  const connect = await redisLinks(redis);
+  const names = new KeyNames(redis.keyPrefix);
+  const index = name === "actors" ? undefined : questionIndex(name, names, redis.keyPrefix);
+  const { storeTimeoutMs: timeoutMs, answerBytesMax } = options;
+  const link = connect();
+  const rest = new Rest();
+  const questions = new RedisQuestions(
+    { answerBytesMax, timeoutMs },
+    names,
+    link,
+    rest,
+    index,
+    connect,
+  );
+  const store = new RedisStore(link, rest, names, questions, timeoutMs, log);
+  if (index === undefined) return store;
+  const has = await store.untilIndexSeen(INDEX_WAIT_MS);
+  if (has === false) {
+    await store.close();
+    throw indexError(
+      `is ${name}, but this Redis does not have ${index.needs}; use another Redis, or set it to actors`,
+    );
   }
-  if (sentinels !== undefined) {
-    return new ioredis.Redis({
-      ...common,
-      ...tls,
-      retryStrategy: reconnectMs,
-      sentinels: sentinels.map(hostPort),
-      name: sentinelMaster ?? "",
-      sentinelRetryStrategy: reconnectMs,
-      ...(redis.tls ? { enableTLSForSentinelMode: true } : {}),
-    });
-  }
-  return new ioredis.Redis(url ?? "", { ...common, retryStrategy: reconnectMs });
+  store.watchIndex(index.needs);
+  return store;
 }
 
-/** Grows from 100 ms to 5 s, then cut by up to a half, so that many gateways do not come back at once. */
-function reconnectMs(times: number): number {
-  const ms = Math.min(RECONNECT_MS_MAX, RECONNECT_MS * 2 ** Math.min(times, 10));
-  return Math.round(withJitter(ms));
+function indexError(message: string): ConfigError {
+  return new ConfigError([{ source: "configuration", path: "cache.semantic.index", message }]);
 }
 
-function withJitter(ms: number): number {
-  return ms * (0.5 + Math.random() / 2);
-}
-
-/** One connection (or one per cluster node), its figures, and its edge. */
+/** The lookups' connection, its figures, and the edge. */
 export class RedisStore {
-  readonly #client: Redis | Cluster;
-  readonly #keyPrefix: string;
+  readonly #link: RedisLink;
+  readonly #rest: Rest;
+  readonly #names: KeyNames;
+  readonly #questions: RedisQuestions;
   readonly #timeoutMs: number;
   readonly #log: StoreLog;
   readonly #counts = {
@@ -155,26 +139,33 @@ export class RedisStore {
     disconnects: 0,
   };
   #seen: Pick<StoreStats, "latencyMs" | "usedMemoryBytes" | "maxMemoryBytes" | "policyOk"> = {};
-  #connected = false;
-  #lastError = "not connected yet";
-  #restUntilMs = 0; // 0: awake.
-  #restMs = REST_MS; // The next rest.
-  #trying = false; // One lookup is out to see whether the rest can end.
+  /** The last look at it; begins when Redis is connected. */
+  #hasIndex: Promise<boolean | undefined> = Promise.resolve(undefined);
+  #indexOk: boolean | undefined;
+  /** Told of at every change; undefined = not told of yet, for its absence may end the start. */
+  #indexNeeds: string | undefined;
   #putsOpen = 0;
   #policyTold: string | null = null;
   #healthTimer: NodeJS.Timeout | null = null;
-  #closed = false;
 
-  constructor(client: Redis | Cluster, keyPrefix: string, timeoutMs: number, log: StoreLog) {
-    this.#client = client;
-    this.#keyPrefix = keyPrefix;
+  constructor(
+    link: RedisLink,
+    rest: Rest,
+    names: KeyNames,
+    questions: RedisQuestions,
+    timeoutMs: number,
+    log: StoreLog,
+  ) {
+    this.#link = link;
+    this.#rest = rest;
+    this.#names = names;
+    this.#questions = questions;
     this.#timeoutMs = timeoutMs;
     this.#log = log;
-    client.on("ready", () => this.#onReady());
-    client.on("close", () => this.#onClose());
-    client.on("error", (error: Error) => {
-      this.#lastError = codeOf(error);
-    });
+    link.watch(
+      () => this.#onReady(),
+      () => this.#onLost(),
+    );
   }
 
   /** The actor; @param reply answers an ask from outside a turn. */
@@ -184,23 +175,34 @@ export class RedisStore {
 
   stats(): StoreStats {
     return {
-      connected: this.#connected,
-      resting: this.#restUntilMs > 0,
+      connected: this.#link.isConnected,
+      resting: this.#rest.isOn,
       ...this.#counts,
+      ...this.#questions.stats(),
       ...this.#seen,
+      ...(this.#indexOk === undefined ? {} : { indexOk: this.#indexOk }),
     };
   }
 
   #receive(command: StoreCommand, reply: Reply): void {
     switch (command.kind) {
       case "store.get":
-        return this.#lookUp(this.#name(command.tenant, command.key), (got) =>
+        return this.#lookUp(this.#names.answer(command.tenant, command.key), (got) =>
           reply(command.replyTo, got),
         );
       case "store.put":
         return this.#onPut(command);
       case "store.purge":
         void this.#purge(command.tenant).then((removed) => reply(command.replyTo, { removed }));
+        return;
+      case "store.remember":
+        return this.#questions.remember(command.question);
+      case "store.forget":
+        return this.#questions.forget(command);
+      case "store.nearest":
+        return this.#questions.nearest(command, (found) => reply(command.replyTo, found));
+      case "store.recall":
+        void this.#questions.recall(command, (page) => reply(command.replyTo, page));
         return;
       default:
         return unreachable(command);
@@ -209,18 +211,8 @@ export class RedisStore {
 
   /** Lets writes under way finish for a moment, then closes; no handle is left. */
   async close(): Promise<void> {
-    if (this.#closed) return;
-    this.#closed = true;
     if (this.#healthTimer !== null) clearTimeout(this.#healthTimer);
-    if (this.#connected) {
-      let timer: NodeJS.Timeout | undefined;
-      const late = new Promise((resolve) => {
-        timer = setTimeout(resolve, 200);
-      });
-      await Promise.race([this.#client.quit().catch(() => undefined), late]);
-      clearTimeout(timer);
-    }
-    this.#client.disconnect();
+    await Promise.all([this.#link.close(), this.#questions.close()]);
   }
 
   // ---- lookups and writes -----------------------------------------------------------------------------------
@@ -231,50 +223,45 @@ export class RedisStore {
       this.#counts[why]++;
       answer({ ttlMs: 0 });
     };
-    if (!this.#connected) return miss("missesAway");
-    if (!this.#mayAsk()) return miss("missesResting");
-    let open = true;
-    const timer = setTimeout(() => {
-      open = false;
-      this.#rest();
-      miss("missesLate");
-    }, this.#timeoutMs);
-    const end = (results: Results | null): void => {
-      if (!open) return; // Late: the miss has been told.
-      open = false;
-      clearTimeout(timer);
-      const got = this.#found(results, name);
-      if (typeof got === "string") return miss(got);
-      this.#counts.hits++;
-      answer(got);
-    };
-    const both = this.#client.pipeline().getBuffer(name).pttl(name);
-    both.exec().then(end, () => end(null));
+    if (!this.#link.isConnected) return miss("missesAway");
+    this.#rest.ask(
+      this.#timeoutMs,
+      () => this.#read(name),
+      (got) => {
+        if (got === "resting") return miss("missesResting");
+        if (got === "late") return miss("missesLate");
+        if (got === "failed") return miss("missesFailed");
+        if (typeof got.value === "string") return miss(got.value);
+        this.#counts.hits++;
+        answer(got.value);
+      },
+    );
   }
 
-  #found(results: Results | null, name: string): StoreGot | Miss {
-    const [[valueError, value] = [null], [ttlError, ttlMs] = [null]] = results ?? [];
-    if (results === null || valueError instanceof Error || ttlError instanceof Error) {
-      this.#trying = false; // The connection broke, or Redis refuses: the next lookup sees.
-      return "missesFailed";
-    }
-    this.#wake();
+  async #read(name: string): Promise<StoreGot | Miss> {
+    const replies = await this.#link.batch([
+      ["GET", name],
+      ["PTTL", name],
+    ]);
+    for (const reply of replies) if (reply instanceof Error) throw reply;
+    const [value, ttlMs] = replies;
     if (!(value instanceof Uint8Array) || typeof ttlMs !== "number" || ttlMs <= 0) return "misses";
-    const answer = decodeAnswer(value);
+    const answer: StoredAnswer | null = decodeAnswer(value);
     if (answer !== null) return { answer, ttlMs };
-    this.#client.unlink(name).catch(() => undefined);
+    this.#link.call(["UNLINK", name]).catch(() => undefined);
     return "missesCorrupt";
   }
 
   #onPut({ key, tenant, answer, ttlMs }: Extract<StoreCommand, { kind: "store.put" }>): void {
     const lifeMs = Math.floor(ttlMs);
-    const resting = this.#restUntilMs > 0;
-    if (!this.#connected || resting || this.#putsOpen >= PUTS_OPEN_MAX || lifeMs < 1) {
+    const isFull = this.#putsOpen >= PUTS_OPEN_MAX;
+    if (!this.#link.isConnected || this.#rest.isOn || isFull || lifeMs < 1) {
       this.#counts.putsDropped++;
       return;
     }
     this.#putsOpen++;
-    this.#client.set(this.#name(tenant, key), encodeAnswer(answer), "PX", lifeMs).then(
+    const name = this.#names.answer(tenant, key);
+    this.#link.call(["SET", name, encodeAnswer(answer), "PX", lifeMs]).then(
       () => {
         this.#putsOpen--;
         this.#counts.puts++;
@@ -286,89 +273,109 @@ export class RedisStore {
     );
   }
 
-  #name(tenant: string, key: string): string {
-    return `${this.#keyPrefix}v1:answer:${tenantHash(tenant)}:${key}`;
-  }
-
-  // ---- resting ----------------------------------------------------------------------------------------------
-
-  #mayAsk(): boolean {
-    if (this.#restUntilMs === 0) return true;
-    if (this.#trying || performance.now() < this.#restUntilMs) return false;
-    this.#trying = true;
-    return true;
-  }
-
-  #rest(): void {
-    // Lookups that were out together end together: they are one reason to rest, not many.
-    if (this.#restUntilMs > 0 && !this.#trying) return;
-    this.#trying = false;
-    this.#restUntilMs = performance.now() + withJitter(this.#restMs);
-    this.#restMs = Math.min(REST_MS_MAX, this.#restMs * 2);
-  }
-
-  #wake(): void {
-    this.#trying = false;
-    this.#restUntilMs = 0;
-    this.#restMs = REST_MS;
-  }
-
   // ---- purge ------------------------------------------------------------------------------------------------
 
   /** Removes a tenant's entries, or all, in small steps; what cannot be reached stays and expires. */
   async #purge(tenant: string | undefined): Promise<number> {
-    const of = tenant === undefined ? "*" : `${tenantHash(tenant)}:*`;
-    const pattern = `${this.#keyPrefix.replace(/[*?[\]\\]/g, "\\$&")}v1:answer:${of}`;
+    const pattern = this.#names.pattern(tenant);
     let removed = 0;
     try {
-      for (const master of this.#masters()) {
+      await this.#questions.writesEnded();
+      for (const master of this.#link.masters()) {
         let cursor = "0";
         do {
-          const [next, names] = await master.scan(cursor, "MATCH", pattern, "COUNT", SCAN_COUNT);
+          const scan: Words = ["SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT];
+          const [next, found] = scanned(await master.call(scan));
           cursor = next;
-          if (names.length === 0) continue;
-          const batch = master.pipeline();
-          for (const name of names) batch.unlink(name); // One by one: a cluster takes no keys of many slots.
-          for (const [, count] of (await batch.exec()) ?? []) removed += Number(count ?? 0);
-        } while (cursor !== "0" && !this.#closed);
+          removed += await this.#remove(master, found);
+        } while (cursor !== "0" && !this.#link.isClosed);
       }
-    } catch (error) {
-      this.#lastError = codeOf(error);
+    } catch {
+      // Away, or late: what is left expires.
     }
+    this.#questions.purged();
     this.#counts.purged += removed;
     return removed;
   }
 
-  #masters(): Redis[] {
-    return "nodes" in this.#client ? this.#client.nodes("master") : [this.#client];
+  /** Answers and questions count; what belongs to them goes with them. */
+  async #remove(master: Commands, names: readonly string[]): Promise<number> {
+    if (names.length === 0) return 0;
+    const commands: Words[] = [];
+    const counted = new Set<number>();
+    for (const name of names) {
+      const member = this.#names.memberOf(name);
+      if (member !== undefined || this.#names.isAnswer(name)) counted.add(commands.length);
+      commands.push(["UNLINK", name]); // One by one: a cluster takes no keys of many slots.
+      if (member !== undefined) commands.push(...this.#questions.removalOf(member));
+    }
+    const replies = await master.batch(commands);
+    return replies.reduce<number>(
+      (sum, reply, at) => sum + (counted.has(at) && reply === 1 ? 1 : 0),
+      0,
+    );
   }
 
   // ---- connection and health --------------------------------------------------------------------------------
 
   #onReady(): void {
-    if (this.#closed) return;
-    this.#connected = true;
-    this.#wake();
+    this.#rest.end();
     this.#log.info({}, "Redis is connected");
     void this.#checkHealth();
+    this.#hasIndex = this.#questions.seeIndex();
+    void this.#hasIndex.then((has) => {
+      this.#indexOk = has;
+      this.#tellIndex();
+    });
   }
 
-  #onClose(): void {
-    if (!this.#connected) return;
-    this.#connected = false;
+  #onLost(): void {
     this.#counts.disconnects++;
-    if (this.#closed) return;
+    if (this.#link.isClosed) return;
     this.#log.warn(
-      { reason: this.#lastError },
+      { reason: this.#link.lastError },
       "Redis is away: its lookups are misses until it is back",
     );
   }
 
+  /** Waits for Redis, and for whether it has the index that is wanted; undefined where that is not known by then. */
+  async untilIndexSeen(waitMs: number): Promise<boolean | undefined> {
+    return (await this.#link.untilConnected(waitMs)) ? this.#hasIndex : undefined;
+  }
+
+  /** From now on it is told where Redis does not have the index; @param needs what it does not have then. */
+  watchIndex(needs: string): void {
+    this.#indexNeeds = needs;
+    if (!this.#link.isConnected) {
+      this.#log.warn(
+        { needs },
+        "Redis is away: whether it can be the semantic index is seen when it comes; until then each gateway has its own entries only",
+      );
+    } else this.#tellIndex();
+  }
+
+  #tellIndex(): void {
+    if (this.#indexNeeds === undefined || this.#indexOk === true) return;
+    const fields = { needs: this.#indexNeeds };
+    if (this.#indexOk === false) {
+      const line =
+        "Redis does not have what cache.semantic.index needs: each gateway has its own entries only, until a Redis comes that has it";
+      this.#log.warn(fields, line);
+    } else
+      this.#log.warn(
+        fields,
+        "Redis does not tell whether it can be the semantic index: it is tried",
+      );
+  }
+
   async #checkHealth(): Promise<void> {
     if (this.#healthTimer !== null) clearTimeout(this.#healthTimer);
+    this.#questions.retry();
     try {
       const askedAtMs = performance.now();
-      const infos = await Promise.all(this.#masters().map((master) => master.info("memory")));
+      const infos = await Promise.all(
+        this.#link.masters().map(async (master) => String(await master.call(["INFO", "memory"]))),
+      );
       const latencyMs = performance.now() - askedAtMs;
       const policies = infos.map((info) => fieldOf(info, "maxmemory_policy") ?? "unknown");
       const sum = (field: string): number =>
@@ -380,10 +387,10 @@ export class RedisStore {
         policyOk: policies.every((policy) => policy === POLICY),
       };
       this.#tellPolicy(policies.find((policy) => policy !== POLICY) ?? POLICY);
-    } catch (error) {
-      this.#lastError = codeOf(error); // What was last seen stands; lookups find out for themselves.
+    } catch {
+      // What was last seen stands; lookups find out for themselves.
     }
-    if (this.#closed || !this.#connected) return;
+    if (this.#link.isClosed || !this.#link.isConnected) return;
     this.#healthTimer = setTimeout(() => void this.#checkHealth(), HEALTH_MS);
   }
 
@@ -399,80 +406,11 @@ export class RedisStore {
   }
 }
 
-function tenantHash(tenant: string): string {
-  return createHash("sha256").update(tenant, "utf8").digest("hex").slice(0, 16);
-}
-
-function hostPort(address: string): { host: string; port: number } {
-  const colon = address.lastIndexOf(":");
-  return {
-    host: address.slice(0, colon).replace(/^\[|\]$/g, ""),
-    port: Number(address.slice(colon + 1)),
-  };
-}
-
 function fieldOf(info: string, field: string): string | undefined {
   return new RegExp(`^${field}:(.*?)\\r?$`, "m").exec(info)?.[1];
 }
 
-function codeOf(error: unknown): string {
-  if (!(error instanceof Error)) return "unknown";
-  return "code" in error && typeof error.code === "string" ? error.code : error.message;
-}
-
-// ---- values -------------------------------------------------------------------------------------------------
-
-/*
- *   offset  bytes
- *   0       2      "HR"
- *   2       1      version, 1
- *   3       4      CRC-32 of everything from 7 on
- *   7       1      route (index in `routes`)
- *   8       4      prompt tokens
- *   12      4      output tokens
- *   16      2      length of the model's name
- *   18      4      length of the body
- *   22      …      model's name, UTF-8; then the body
- */
-const HEADER_BYTES = 22;
-const VERSION = 1;
-const routes: readonly Route[] = ["chat", "completions", "embeddings", "other"];
-const UINT32_MAX = 0xffff_ffff;
-
-/** The bytes that Redis keeps. */
-export function encodeAnswer(answer: StoredAnswer): Buffer {
-  const model = Buffer.from(answer.model, "utf8").subarray(0, 0xffff);
-  const value = Buffer.allocUnsafe(HEADER_BYTES + model.length + answer.body.byteLength);
-  value.write("HR", 0, "latin1");
-  value[2] = VERSION;
-  value[7] = Math.max(0, routes.indexOf(answer.route));
-  value.writeUInt32BE(Math.min(UINT32_MAX, answer.promptTokens), 8);
-  value.writeUInt32BE(Math.min(UINT32_MAX, answer.outputTokens), 12);
-  value.writeUInt16BE(model.length, 16);
-  value.writeUInt32BE(answer.body.byteLength, 18);
-  value.set(model, HEADER_BYTES);
-  value.set(answer.body, HEADER_BYTES + model.length);
-  value.writeUInt32BE(crc32(value.subarray(7)), 3);
-  return value;
-}
-
-/** Null for anything that is not, byte for byte, what `encodeAnswer` made. */
-export function decodeAnswer(bytes: Uint8Array): StoredAnswer | null {
-  const value = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (value.length < HEADER_BYTES || value.toString("latin1", 0, 2) !== "HR") return null;
-  const route = routes[value[7] ?? -1];
-  const modelLength = value.readUInt16BE(16);
-  const bodyLength = value.readUInt32BE(18);
-  if (value[2] !== VERSION || route === undefined) return null;
-  if (value.length !== HEADER_BYTES + modelLength + bodyLength) return null;
-  if (value.readUInt32BE(3) !== crc32(value.subarray(7))) return null;
-  const bodyFrom = HEADER_BYTES + modelLength;
-  return {
-    body: value.subarray(bodyFrom),
-    bytes: bodyLength,
-    route,
-    model: value.toString("utf8", HEADER_BYTES, bodyFrom),
-    promptTokens: value.readUInt32BE(8),
-    outputTokens: value.readUInt32BE(12),
-  };
+function scanned(reply: unknown): [string, string[]] {
+  const [next, names] = Array.isArray(reply) ? reply : [];
+  return [String(next ?? "0"), Array.isArray(names) ? names.map(String) : []];
 }
