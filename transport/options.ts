@@ -630,11 +630,15 @@ const schema = group("All options.", "restart", {
     }).exactOptional(),
   }).prefault({}),
 
-  record: group("Recording requests for replay and planning; never any of their text.", "restart", {
+  record: group("Recording requests, for replay, planning and warm-up.", "restart", {
     file: text({
       doc: "File to append to, one JSON object a line.",
       accepted: "a path",
     }).exactOptional(),
+    prompts: boolean(
+      "true = the lines of chat requests hold what was asked, in clear: for `headrace hot`. " +
+        "false = they hold no text of any request.",
+    ).default(false),
   }).prefault({}),
 
   log: group("The log.", "live", {
