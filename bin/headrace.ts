@@ -2,9 +2,11 @@
 /** The `headrace` command: names its subcommands, nothing else. */
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
+import { inspectCommand } from "./cache-inspect.ts";
 import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
+import { hotCommand } from "./hot.ts";
 import { modelCommand } from "./model.ts";
 import { nodeCommand } from "./node.ts";
 import { planCommand } from "./plan.ts";
@@ -28,6 +30,8 @@ await new Command("headrace")
   .addCommand(calibrateCommand())
   .addCommand(checkConfigCommand())
   .addCommand(modelCommand())
+  .addCommand(hotCommand())
+  .addCommand(new Command("cache").description("the semantic cache").addCommand(inspectCommand()))
   .addCommand(configReferenceCommand())
   .showHelpAfterError()
   .parseAsync();
