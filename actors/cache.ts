@@ -45,10 +45,17 @@ import { InflightMap } from "../runtime/inflight-map.ts";
 import type { Recalled, StoreCommand, StoreGot } from "./edges.ts";
 import { EntryStore } from "./entry-store.ts";
 import type { ErrorCode } from "./errors.ts";
-import type { NodeId, RequestId, StoredAnswer, StoredQuestion } from "./protocol.ts";
+import type {
+  NodeId,
+  RequestId,
+  SemanticPolicy,
+  StoredAnswer,
+  StoredQuestion,
+} from "./protocol.ts";
 import {
   type Explored,
   type InspectedEntry,
+  type Inspection,
   type JudgedPool,
   type Matched,
   NEIGHBOURS,
@@ -99,7 +106,7 @@ export type CacheMessage =
       kind: "cache.flight_answered";
       key: string;
       flightId: RequestId;
-      answer: StoredAnswer;
+      hit: SharedHit;
       replyTo: ReplyTo<FlightClosed>;
     }
   /** Lookup by meaning, on the shard of the scope. */
@@ -111,6 +118,8 @@ export type CacheMessage =
       answer: StoredAnswer;
       explored?: Explored;
       isShadow: boolean;
+      /** Since it was asked: what a purge has voided meanwhile is not kept. */
+      askedMsAgo: number;
     }
   /** What a node answers where that entry was served. */
   | { kind: "cache.judge"; explored: Explored; answer: StoredAnswer }
@@ -124,9 +133,7 @@ export type CacheMessage =
     }
   | {
       kind: "cache.inspect";
-      tenant: string;
-      count: number;
-      question?: { text: string; vector: Float32Array };
+      inspection: Inspection;
       replyTo: ReplyTo<{ entries: InspectedEntry[]; judged: JudgedPool[] }>;
     }
   /** Forgets the answers of a tenant, or all, here and in the store. `removed` counts both copies. */
@@ -151,6 +158,15 @@ export type FlightResult =
    *  and the next participant leads. */
   | { kind: "failed"; code: ErrorCode; message?: string; retryAfterMs?: number; shared: boolean };
 
+/** A semantic hit of a flight's leader, with the policy that allowed it: a joiner's own may be stricter. */
+export type SharedHit = {
+  answer: StoredAnswer;
+  entryId: string;
+  similarity: number;
+  ageMs: number;
+  policy: SemanticPolicy;
+};
+
 /** Every participant's news is on its way. */
 export type FlightClosed = { kind: "closed" };
 
@@ -164,8 +180,8 @@ export type FlightNews =
       attempts: number;
     }
   | { kind: "flight.ended"; requestId: RequestId; flightId: RequestId }
-  /** The leader's question was answered from an entry of the same meaning, and so is this one. */
-  | { kind: "flight.answered"; requestId: RequestId; flightId: RequestId; answer: StoredAnswer }
+  /** The leader's question was answered from an entry of the same meaning; so may this one be. */
+  | { kind: "flight.answered"; requestId: RequestId; flightId: RequestId; hit: SharedHit }
   | {
       kind: "flight.failed";
       requestId: RequestId;
@@ -288,6 +304,8 @@ export const cacheDefaults: Readonly<CacheOptions> = {
 
 /** Time for the store to find and delete what a purge names: it may hold millions. */
 const STORE_PURGE_MS = 30_000;
+/** Tenants whose last purge is remembered; then all count as purged. */
+const PURGED_MAX = 1000;
 /** Purges that the store has not finished; more are refused there, and said so. */
 const PURGES_MAX = 64;
 const SWEEP_MS = 1000;
@@ -357,6 +375,8 @@ export class CacheActor implements Actor<OwnMessage> {
   #participants = 0;
   /** Purges that the store works on; until it has, it is not asked for answers of theirs. */
   readonly #purges = new Map<number, Purge>();
+  /** When a tenant, or everyone (""), was purged last. */
+  readonly #purgedAtMs = new Map<string, number>();
   #ttlMs: number;
   #serial = 0;
   #sweepArmed = false;
@@ -783,13 +803,13 @@ export class CacheActor implements Actor<OwnMessage> {
   // ---- questions of the same meaning --------------------------------------------------------------------
 
   #onFlightAnswered(
-    { key, flightId, answer }: Extract<CacheMessage, { kind: "cache.flight_answered" }>,
+    { key, flightId, hit }: Extract<CacheMessage, { kind: "cache.flight_answered" }>,
     context: Context<OwnMessage>,
   ): void {
     const flight = this.#runningOf(key, flightId);
     if (flight === undefined) return;
     for (const [requestId, participant] of flight.joiners ?? [])
-      context.tell(participant, { kind: "flight.answered", requestId, flightId, answer });
+      context.tell(participant, { kind: "flight.answered", requestId, flightId, hit });
     this.#participants -= flight.joiners?.size ?? 0;
     flight.joiners = null; // All are told: nobody is left for the close to tell.
     this.#close(key, flight, null, context);
@@ -839,10 +859,15 @@ export class CacheActor implements Actor<OwnMessage> {
   }
 
   #onLearn(
-    { question, answer, explored, isShadow }: Extract<CacheMessage, { kind: "cache.learn" }>,
+    message: Extract<CacheMessage, { kind: "cache.learn" }>,
     context: Context<OwnMessage>,
   ): void {
+    const { question, answer, explored, isShadow, askedMsAgo } = message;
     const { nowMs } = context;
+    if (this.#isPurgedSince(question.tenant, nowMs - askedMsAgo)) {
+      this.#purgedAnswers++;
+      return;
+    }
     const made = this.#semantic?.learn(question, answer, explored, isShadow, nowMs);
     if (made === undefined) return;
     this.#armSweep(context);
@@ -863,11 +888,11 @@ export class CacheActor implements Actor<OwnMessage> {
   }
 
   #onInspect(
-    { tenant, count, question, replyTo }: Extract<CacheMessage, { kind: "cache.inspect" }>,
+    { inspection, replyTo }: Extract<CacheMessage, { kind: "cache.inspect" }>,
     context: Context<OwnMessage>,
   ): void {
-    const entries = this.#semantic?.inspect(tenant, count, context.nowMs, question) ?? [];
-    context.reply(replyTo, { entries, judged: this.#semantic?.judged() ?? [] });
+    const entries = this.#semantic?.inspect(inspection, context.nowMs) ?? [];
+    context.reply(replyTo, { entries, judged: this.#semantic?.judged(inspection.tenant) ?? [] });
   }
 
   /** Asks for the next page; lookups go on meanwhile with what is there. */
@@ -910,6 +935,11 @@ export class CacheActor implements Actor<OwnMessage> {
     context: Context<OwnMessage>,
   ): void {
     const removed = this.#entries.purge(tenant) + (this.#semantic?.purge(tenant) ?? 0);
+    if (this.#purgedAtMs.size < PURGED_MAX) this.#purgedAtMs.set(tenant ?? "", context.nowMs);
+    else {
+      this.#purgedAtMs.clear();
+      this.#purgedAtMs.set("", context.nowMs);
+    }
     for (const flight of this.#flights.values())
       if (tenant === undefined || flight.tenant === tenant) flight.purged = true;
     const purge = { tenant, removed, replyTo };
@@ -948,6 +978,12 @@ export class CacheActor implements Actor<OwnMessage> {
     };
     context.emit(event);
     context.reply(replyTo, { removed });
+  }
+
+  #isPurgedSince(tenant: string, atMs: number): boolean {
+    const never = Number.NEGATIVE_INFINITY;
+    const ofAllMs = this.#purgedAtMs.get("") ?? never;
+    return Math.max(ofAllMs, this.#purgedAtMs.get(tenant) ?? never) >= atMs;
   }
 
   #isPurging(tenant: string): boolean {

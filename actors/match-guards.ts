@@ -100,15 +100,24 @@ export function guardAgainst(
   candidate: GuardFeatures,
   guards: readonly GuardName[] = standardGuards,
 ): GuardBlock | undefined {
-  if (question.text === candidate.text && question.hash === candidate.hash) return undefined;
+  for (const block of guardBlocks(question, candidate, guards)) return block;
+  return undefined;
+}
+
+/** All of `guards` that keep the candidate from answering the question, in their order: each is asked when it is its turn. */
+export function* guardBlocks(
+  question: GuardFeatures,
+  candidate: GuardFeatures,
+  guards: readonly GuardName[],
+): Generator<GuardBlock> {
+  if (question.text === candidate.text && question.hash === candidate.hash) return;
   const isUnread = question.hash !== undefined || candidate.hash !== undefined;
   for (const guard of guards) {
     // Of a text that was not read, only this is known.
     if (isUnread !== (guard === "length")) continue;
     const says = checks[guard](question, candidate);
-    if (says !== undefined) return { guard, says };
+    if (says !== undefined) yield { guard, says };
   }
-  return undefined;
 }
 
 const checks: Readonly<

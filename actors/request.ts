@@ -33,7 +33,14 @@ import {
   unreachable,
 } from "../runtime/actor.ts";
 import { InflightMap } from "../runtime/inflight-map.ts";
-import type { CacheMessage, FlightClosed, FlightNews, FlightResult, LookupReply } from "./cache.ts";
+import type {
+  CacheMessage,
+  FlightClosed,
+  FlightNews,
+  FlightResult,
+  LookupReply,
+  SharedHit,
+} from "./cache.ts";
 import type {
   AnswerFacts,
   Embedded,
@@ -68,8 +75,9 @@ import { TtftBands } from "./ttft-bands.ts";
 
 /** What the request actor is told: by the front, by the upstream edge, by caches, and by its own asks and timers. */
 export type RequestMessage =
-  /** `question`: the last user turn, where `facts.semantic` says that it may be matched by meaning. */
-  | { kind: "request.submit"; facts: RequestFacts; question?: string }
+  /** `question`: the last user turn, where `facts.semantic` says that it may be matched by meaning; `vector`: its own,
+   *  where it is known already. */
+  | { kind: "request.submit"; facts: RequestFacts; question?: string; vector?: Float32Array }
   | { kind: "request.client_left"; requestId: RequestId }
   | { kind: "request.configure"; options: RequestOptions }
   | { kind: "request.describe"; replyTo: ReplyTo<RequestDescription> }
@@ -239,7 +247,7 @@ export class RequestActor implements Actor<RequestMessage> {
   receive(message: RequestMessage, context: Context<RequestMessage>): void {
     switch (message.kind) {
       case "request.submit":
-        return this.#onSubmit(message.facts, message.question, context);
+        return this.#onSubmit(message, context);
       case "request.client_left":
         return this.#onClientLeft(message.requestId, context);
       case "request.looked_up":
@@ -297,8 +305,7 @@ export class RequestActor implements Actor<RequestMessage> {
   // ---- arrival and cache ------------------------------------------------------------------------------
 
   #onSubmit(
-    facts: RequestFacts,
-    question: string | undefined,
+    { facts, question, vector }: Extract<RequestMessage, { kind: "request.submit" }>,
     context: Context<RequestMessage>,
   ): void {
     if (this.#requests.has(facts.requestId)) return; // A duplicate: the first one answers.
@@ -317,7 +324,7 @@ export class RequestActor implements Actor<RequestMessage> {
               text: question,
               scope: facts.semantic.scope,
               untilMs: 0,
-              vector: undefined,
+              vector,
               explored: undefined,
               says: "",
             },
@@ -414,10 +421,11 @@ export class RequestActor implements Actor<RequestMessage> {
     if (match === null || embedder === undefined || !facts.cacheRead)
       return this.#admit(request, context);
     const { requestId } = facts;
-    const { text } = match;
+    const { text, vector } = match;
     const { matchMs } = this.#options;
     request.phase = "matching"; // At most matchMs long: its deadline timer starts after it.
     request.match = { ...match, untilMs: context.nowMs + matchMs };
+    if (vector !== undefined) return this.#askShard(request, vector, context);
     context.ask<EmbedderCommand, Embedded>(
       embedder,
       matchMs,
@@ -429,18 +437,23 @@ export class RequestActor implements Actor<RequestMessage> {
   #onEmbedded({ requestId, outcome }: GotVector, context: Context<RequestMessage>): void {
     const request = this.#requests.get(requestId);
     if (request?.phase !== "matching" || request.match === null) return;
-    const { facts, match } = request;
+    const { match } = request;
     if (!outcome.ok || outcome.value.kind === "unavailable") {
       const why =
         outcome.ok && outcome.value.kind === "unavailable" ? outcome.value.reason : "late";
       match.says = `no vector: ${why}`;
       return this.#admit(request, context);
     }
-    const { vector } = outcome.value;
-    match.vector = vector;
-    const leftMs = match.untilMs - context.nowMs;
-    if (facts.semantic === undefined || leftMs <= 0) {
-      match.says = "the vector came too late";
+    match.vector = outcome.value.vector;
+    this.#askShard(request, match.vector, context);
+  }
+
+  #askShard(request: Request, vector: Float32Array, context: Context<RequestMessage>): void {
+    const { facts, match } = request;
+    const { requestId } = facts;
+    const leftMs = (match?.untilMs ?? 0) - context.nowMs;
+    if (match === null || facts.semantic === undefined || leftMs <= 0) {
+      if (match !== null) match.says = "the vector came too late";
       return this.#admit(request, context);
     }
     const { scope, policy } = facts.semantic;
@@ -481,12 +494,17 @@ export class RequestActor implements Actor<RequestMessage> {
       const { answer } = matched;
       context.tell(this.#refs.front, { kind: "front.answer", requestId, answer, facts });
     }
-    this.#shareAnswer(request, matched.answer, context);
+    const { semantic } = request.facts;
+    if (semantic !== undefined) {
+      const { answer, ageMs } = matched;
+      const { policy } = semantic;
+      this.#shareHit(request, { answer, entryId, similarity, ageMs, policy }, context);
+    }
     this.#end(request, "ok", undefined, context);
   }
 
   /** Whoever joined this request's flight has asked the same. */
-  #shareAnswer(request: Request, answer: StoredAnswer, context: Context<RequestMessage>): void {
+  #shareHit(request: Request, hit: SharedHit, context: Context<RequestMessage>): void {
     const { cacheKey: key, requestId } = request.facts;
     if (!request.leads || key === undefined) return;
     request.leads = false;
@@ -494,7 +512,7 @@ export class RequestActor implements Actor<RequestMessage> {
     context.ask<CacheMessage, FlightClosed>(
       this.#refs.cache(key),
       CLOSE_MS,
-      (replyTo) => ({ kind: "cache.flight_answered", key, flightId: requestId, answer, replyTo }),
+      (replyTo) => ({ kind: "cache.flight_answered", key, flightId: requestId, hit, replyTo }),
       () => ({ kind: "request.flight_closed", requestId }),
     );
   }
@@ -516,6 +534,7 @@ export class RequestActor implements Actor<RequestMessage> {
       answer,
       ...(explored === undefined ? {} : { explored }),
       isShadow: policy.mode === "shadow",
+      askedMsAgo: context.nowMs - facts.arrivedAtMs,
     });
   }
 
@@ -901,12 +920,23 @@ export class RequestActor implements Actor<RequestMessage> {
   ): void {
     const request = this.#joinedTo(news);
     if (request === undefined) return;
-    context.tell(this.#refs.front, {
-      kind: "front.answer",
-      requestId: news.requestId,
-      answer: news.answer,
-      facts: this.#answerFacts(request, context.nowMs),
-    });
+    const { requestId, hit } = news;
+    const { answer, entryId, similarity, ageMs } = hit;
+    if (!mayTake(request.facts, hit)) {
+      // Another key of the tenant, or another wish: it goes its own way.
+      request.cache = "miss";
+      request.flightId = requestId;
+      return this.#lookUp(request, context);
+    }
+    request.cache = "hit_semantic";
+    if (request.match !== null) {
+      request.match.says = "shared the hit of an equal request";
+      request.match.explored = { entryId, similarity };
+    }
+    const facts = this.#answerFacts(request, context.nowMs, ageMs);
+    facts.similarity = similarity;
+    facts.entryId = entryId;
+    context.tell(this.#refs.front, { kind: "front.answer", requestId, answer, facts });
     this.#end(request, "ok", undefined, context);
   }
 
@@ -1175,6 +1205,18 @@ export class RequestActor implements Actor<RequestMessage> {
     for (const request of this.#requests.values()) byPhase[request.phase]++;
     return { byPhase, open: this.#requests.size };
   }
+}
+
+/** Whether the policy of a request would have let a hit pass that another one's did. */
+function mayTake({ semantic }: RequestFacts, { similarity, policy }: SharedHit): boolean {
+  if (semantic === undefined) return false;
+  const { mode, similarityMin, errorRateMax, isStrict } = semantic.policy;
+  return (
+    mode === policy.mode &&
+    similarity >= similarityMin &&
+    errorRateMax >= policy.errorRateMax &&
+    (policy.isStrict || !isStrict)
+  );
 }
 
 /** The event that carries a request's whole story to the host. */

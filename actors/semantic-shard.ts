@@ -28,9 +28,11 @@ import {
 } from "./judged-precision.ts";
 import { LruList, type LruNode } from "./lru-list.ts";
 import {
+  type GuardBlock,
   type GuardFeatures,
   type GuardName,
   guardAgainst,
+  guardBlocks,
   guardFeatures,
   standardGuards,
   strictGuards,
@@ -105,16 +107,38 @@ export type SemanticDescription = {
 /** What a person sees of an entry: for `headrace cache inspect` and the admin route. */
 export type InspectedEntry = {
   entryId: string;
+  /** Entries of one scope may answer the same question; the first 12 digits tell scopes apart. */
+  scope: string;
+  model: string;
   question: string;
   ageMs: number;
   expiresInMs: number;
   answerBytes: number;
   labels: number;
+  /** Below this it was wrong before; 0 = never. */
   similarityMin: number;
   /** Where a text was given to compare with. */
+  compared?: Comparison;
+};
+
+/** What would come of an entry for a text, if all but the text were equal. */
+export type Comparison = {
+  /** Absent: the text has no vector, or none of the entry's embedder. */
   similarity?: number;
-  /** The guard that keeps it from answering that text. */
-  blocked?: string;
+  /** All guards that keep it from answering the text. */
+  guards: GuardBlock[];
+  kind: "serve" | "explore" | "miss";
+  says: string;
+};
+
+/** Which entries are looked at, and what with. */
+export type Inspection = {
+  tenant: string;
+  /** Entries listed at most. */
+  count: number;
+  /** Only scopes that begin so. */
+  scope?: string;
+  question?: { text: string; vector?: Float32Array; policy: SemanticPolicy };
 };
 
 /** What is known of the hits of a tenant's model. */
@@ -158,8 +182,8 @@ type Pool = {
   readonly evidence: EvidencePool;
   readonly precision: PrecisionSwitch;
   readonly shadow: ShadowStats;
-  /** As its questions wanted it last. */
-  errorRateMax: number;
+  /** Of the newest match: labels are held against it. */
+  policy: SemanticPolicy | undefined;
 };
 
 /** Candidates that are looked at, best first (the article's KNN 3). */
@@ -170,6 +194,8 @@ export const NEIGHBOURS = 3;
  */
 const ENTRY_BYTES = 900;
 const SCOPE_BYTES = 1200;
+/** Entries that one look compares with a text: some ms. */
+const COMPARED_MAX = 5000;
 /** Entries found wrong whose ids are remembered. */
 const REMOVED_MAX = 10_000;
 /** Pools of tenants and models; the one that was made first is forgotten, and learnt anew. */
@@ -283,9 +309,11 @@ export class SemanticShard {
   #decide(
     entry: Entry,
     similarity: number,
-    { mode, similarityMin, errorRateMax }: SemanticPolicy,
+    policy: SemanticPolicy,
     pool: Pool,
   ): { kind: "serve" | "explore" | "miss"; says: string } {
+    const { mode, similarityMin, errorRateMax } = policy;
+    pool.policy = policy;
     if (similarity < entry.evidence.minSimilarity) {
       return { kind: "miss", says: `it was wrong at similarity ${similarity.toFixed(3)} before` };
     }
@@ -317,7 +345,7 @@ export class SemanticShard {
       evidence: new EvidencePool(),
       precision: new PrecisionSwitch(this.#options.precisionMin),
       shadow: new ShadowStats(),
-      errorRateMax: 0.01,
+      policy: undefined,
     };
     this.#pools.set(name, pool);
     return pool;
@@ -368,7 +396,8 @@ export class SemanticShard {
     const answerBytes = Math.max(answer.bytes, answer.body.byteLength);
     const bytes = ENTRY_BYTES + 2 * text.length + answerBytes;
     const bytesMost = this.#bytesMax / 8; // So that one never drives out all others.
-    if (answerBytes > this.#options.answerBytesMax || bytes > bytesMost) {
+    const isTooLarge = answerBytes > this.#options.answerBytesMax || bytes > bytesMost;
+    if (isTooLarge || vector.length === 0) {
       this.#counts.unlearnt++;
       return false;
     }
@@ -417,14 +446,14 @@ export class SemanticShard {
     const entry = this.#entries.get(entryId);
     if (entry === undefined) return;
     const right = sameAnswer(entry.answer.body, answer.body, this.#options.judge);
-    this.#label(entry, similarity, right, false);
+    this.#label(entry, similarity, right, false, true);
   }
 
   /** A label from outside: a caller's complaint, or praise. False for an id that is not here. */
   feedback(entryId: string, tenant: string, isRight: boolean): boolean {
     const entry = this.#entries.get(entryId);
     if (entry === undefined || entry.tenant !== tenant) return false;
-    this.#label(entry, 1, isRight, false);
+    this.#label(entry, 1, isRight, false, true);
     if (!isRight) this.remove(entryId);
     return true;
   }
@@ -447,7 +476,17 @@ export class SemanticShard {
     this.#drop(entry);
   }
 
-  #label(entry: Entry, similarity: number, right: boolean | undefined, isShadow: boolean): void {
+  /**
+   * In verified mode most explorations are of entries that would not have been served: only those that would count
+   * against the precision of hits, or a tenant of many near misses would be switched off for what nobody is served.
+   */
+  #label(
+    entry: Entry,
+    similarity: number,
+    right: boolean | undefined,
+    isShadow: boolean,
+    wasServed: boolean = isShadow,
+  ): void {
     const pool = this.#poolOf(entry);
     if (isShadow) {
       const verdict = right === undefined ? "unjudged" : right ? "right" : "wrong";
@@ -459,9 +498,18 @@ export class SemanticShard {
     }
     if (right) this.#counts.judgedRight++;
     else this.#counts.judgedWrong++;
-    const { errorRateMax } = pool;
-    learn({ similarity, entry: entry.evidence, pool: pool.evidence, errorRateMax }, right);
-    pool.precision.add(right);
+    const { policy } = pool;
+    if (policy?.mode !== "verified") {
+      entry.evidence.add(similarity, right);
+      pool.evidence.add(similarity, right);
+      pool.precision.add(right);
+      return;
+    }
+    const { errorRateMax, similarityMin } = policy;
+    const labelled = { similarity, entry: entry.evidence, pool: pool.evidence, errorRateMax };
+    const wouldServe = decide({ ...labelled, similarityMin }).kind === "serve";
+    learn(labelled, right);
+    if (wasServed || wouldServe) pool.precision.add(right);
   }
 
   // ---- memory ---------------------------------------------------------------------------------------------
@@ -579,28 +627,56 @@ export class SemanticShard {
     };
   }
 
-  /** What a shadow period has shown, by tenant and model, and where hits are only judged. */
-  judged(): JudgedPool[] {
-    return [...this.#pools].map(([name, { precision, shadow }]) => {
-      const [tenant = "", model = ""] = name.split("\n");
-      return { tenant, model, state: precision.state, shadow: shadow.summary() };
-    });
-  }
-
-  /** Entries of a tenant, newest used first, at most `count`; with a question, how they compare with it. */
-  inspect(
-    tenant: string,
-    count: number,
-    nowMs: number,
-    question?: { text: string; vector: Float32Array },
-  ): InspectedEntry[] {
-    const features = question === undefined ? undefined : guardFeatures(question.text);
-    const found: InspectedEntry[] = [];
-    for (let entry = this.#order.hottest; entry !== null && found.length < count; ) {
-      if (entry.tenant === tenant) found.push(inspected(entry, nowMs, question?.vector, features));
-      entry = entry.colder;
+  /** What judging has shown of a tenant's hits, by model: a shadow period, and whether hits are only judged now. */
+  judged(tenant: string): JudgedPool[] {
+    const found: JudgedPool[] = [];
+    for (const [name, { precision, shadow }] of this.#pools) {
+      const [owner = "", model = ""] = name.split("\n");
+      if (owner !== tenant) continue;
+      found.push({ tenant, model, state: precision.state, shadow: shadow.summary() });
     }
     return found;
+  }
+
+  /** Entries of a tenant: those used last, or with a question the most similar of the 5000 used last. */
+  inspect({ tenant, count, scope = "", question }: Inspection, nowMs: number): InspectedEntry[] {
+    const features = question === undefined ? undefined : guardFeatures(question.text);
+    const most = question === undefined ? count : COMPARED_MAX;
+    const found: { entry: Entry; similarity: number | undefined }[] = [];
+    for (let entry = this.#order.hottest; entry !== null; entry = entry.colder) {
+      if (found.length >= most) break;
+      if (entry.tenant !== tenant || !entry.scope.name.startsWith(scope)) continue;
+      found.push({ entry, similarity: similarityOf(entry, question?.vector) });
+    }
+    if (question !== undefined)
+      found.sort((left, right) => (right.similarity ?? -1) - (left.similarity ?? -1));
+    return found.slice(0, count).map(({ entry, similarity }) => ({
+      ...inspected(entry, nowMs),
+      ...(question === undefined || features === undefined
+        ? {}
+        : { compared: this.#compare(entry, similarity, features, question.policy) }),
+    }));
+  }
+
+  #compare(
+    entry: Entry,
+    similarity: number | undefined,
+    features: GuardFeatures,
+    policy: SemanticPolicy,
+  ): Comparison {
+    entry.features ??= guardFeatures(entry.text);
+    const asked = policy.isStrict ? strictGuards : standardGuards;
+    const guards = [...guardBlocks(features, entry.features, asked)];
+    if (similarity === undefined)
+      return { guards, kind: "miss", says: "the text has no vector to compare with this one's" };
+    const compared = { similarity, guards };
+    if (similarity < policy.similarityMin) {
+      const says = `similarity ${similarity.toFixed(4)} < ${policy.similarityMin}`;
+      return { ...compared, kind: "miss", says };
+    }
+    const [block] = guards;
+    if (block !== undefined) return { ...compared, kind: "miss", says: `guard: ${block.guard}` };
+    return { ...compared, ...this.#decide(entry, similarity, policy, this.#poolOf(entry)) };
   }
 
   /** 96 random bits behind the scope's bucket, so that whoever has the id finds the shard. */
@@ -613,15 +689,12 @@ export class SemanticShard {
   }
 }
 
-function inspected(
-  entry: Entry,
-  nowMs: number,
-  vector: Float32Array | undefined,
-  features: GuardFeatures | undefined,
-): InspectedEntry {
-  const { entryId, text, storedAtMs, expiresAtMs, answer, evidence } = entry;
-  const seen: InspectedEntry = {
+function inspected(entry: Entry, nowMs: number): InspectedEntry {
+  const { entryId, scope, model, text, storedAtMs, expiresAtMs, answer, evidence } = entry;
+  return {
     entryId,
+    scope: scope.name,
+    model,
     question: text,
     ageMs: nowMs - storedAtMs,
     expiresInMs: expiresAtMs - nowMs,
@@ -629,13 +702,12 @@ function inspected(
     labels: evidence.labels,
     similarityMin: evidence.minSimilarity,
   };
-  if (vector === undefined || features === undefined) return seen;
-  const own = entry.scope.index.vectorOf(entry.id);
-  if (own?.length === vector.length) {
-    seen.similarity = own.reduce((sum, value, at) => sum + value * (vector[at] ?? 0), 0);
-  }
-  entry.features ??= guardFeatures(text);
-  const block = guardAgainst(features, entry.features);
-  if (block !== undefined) seen.blocked = `${block.guard}: ${block.says}`;
-  return seen;
+}
+
+function similarityOf({ scope, id }: Entry, vector: Float32Array | undefined): number | undefined {
+  const own = scope.index.vectorOf(id);
+  if (vector === undefined || own?.length !== vector.length) return undefined;
+  let sum = 0;
+  for (let at = 0; at < own.length; at++) sum += (own[at] ?? 0) * (vector[at] ?? 0);
+  return sum;
 }

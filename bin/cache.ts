@@ -14,6 +14,7 @@ import { type LabelledPair, PairError, PairReader } from "../sim/labelled-pairs.
 import { openBackend } from "../transport/embedder.ts";
 import { type EmbedderBackend, EmbedderError, selfTest } from "../transport/embedder-backend.ts";
 import { parseOptions } from "../transport/options.ts";
+import { inspectCommand } from "./cache-inspect.ts";
 import { FlagError, numberOf, quoted } from "./flag-values.ts";
 
 type Flags = {
@@ -40,8 +41,9 @@ const DEFAULT_SHADOW = 0.2;
 
 export function cacheCommand(): Command {
   return new Command("cache")
-    .description("the semantic cache: what it would answer, and how often wrongly")
-    .addCommand(evalCommand());
+    .description("the semantic cache: what it holds, what it would answer, and how often wrongly")
+    .addCommand(evalCommand())
+    .addCommand(inspectCommand());
 }
 
 function evalCommand(): Command {

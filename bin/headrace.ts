@@ -7,6 +7,7 @@ import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
 import { fuzzCommand } from "./fuzz.ts";
+import { hotCommand } from "./hot.ts";
 import { modelCommand } from "./model.ts";
 import { nodeCommand } from "./node.ts";
 import { planCommand } from "./plan.ts";
@@ -34,6 +35,7 @@ await new Command("headrace")
   .addCommand(cacheCommand())
   .addCommand(checkConfigCommand())
   .addCommand(modelCommand())
+  .addCommand(hotCommand())
   .addCommand(configReferenceCommand())
   .showHelpAfterError()
   .parseAsync();

@@ -3,6 +3,7 @@
  * what judging does. The embedder is the built-in one, which knows words: similarities here are its own.
  */
 import { afterEach, describe, expect, it } from "vitest";
+import type { Inspection } from "../transport/main.ts";
 import type { OptionsInput } from "../transport/options.ts";
 import {
   type LiveWorld,
@@ -50,6 +51,8 @@ async function start(
 const QUESTION = "How do I reset the password of my account?";
 /** Similarity 0.948. */
 const REWORDED = "How can I reset the password of my account?";
+/** As `GET /admin/cache` answers. */
+type Inspected = Pick<Inspection, "entries" | "policy">;
 const upstream = (world: LiveWorld): number =>
   world.counts().reduce((sum, count) => sum + count, 0);
 
@@ -286,9 +289,22 @@ describe("admin: stored questions", () => {
     await world.chat("Which colours does the flag of France have?");
     const text = encodeURIComponent(REWORDED);
     const { json } = await admin("GET", `/admin/cache?tenant=local&text=${text}`);
-    const entries = json.entries as { entryId: string; question: string; similarity: number }[];
+    const { entries = [], policy } = json as Partial<Inspected>;
+    expect(policy).toMatchObject({ mode: "fixed", similarityMin: 0.92 });
     expect(entries.map(({ question }) => question)[0]).toBe(QUESTION);
-    expect(entries[0]?.similarity).toBeCloseTo(0.948, 2);
+    expect(entries[0]?.compared).toMatchObject({
+      similarity: expect.closeTo(0.948, 2),
+      guards: [],
+      kind: "serve",
+    });
+    expect(entries[1]?.compared).toMatchObject({
+      kind: "miss",
+      says: expect.stringMatching(/^similarity 0\.\d{4} < 0\.92$/),
+    });
+    const ofScope = await admin("GET", `/admin/cache?tenant=local&scope=${entries[0]?.scope}`);
+    expect((ofScope.json.entries as unknown[]).length).toBe(2);
+    expect((await admin("GET", "/admin/cache?tenant=local&scope=none")).json.entries).toEqual([]);
+    expect((await admin("GET", "/admin/cache?tenant=other")).json).not.toHaveProperty("policy");
     const gone = await admin("DELETE", `/admin/cache/${entries[0]?.entryId}?tenant=local`);
     expect(gone.json).toEqual({ removed: 1 });
     expect((await admin("DELETE", `/admin/cache/${entries[0]?.entryId}?tenant=local`)).status).toBe(

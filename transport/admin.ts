@@ -9,7 +9,7 @@
  *   GET    /admin/state                  all actors: router, queue, cache, limits, mailboxes
  *   GET    /admin/explain/REQUEST_ID     why a request went as it did
  *   DELETE /admin/cache[?tenant=NAME]    purge one tenant's entries, or all
- *   GET    /admin/cache?tenant=NAME[&text=…][&count=20]   stored questions, and how they compare with a text
+ *   GET    /admin/cache?tenant=NAME[&text=…][&scope=…][&count=20]   stored questions, and how they compare with a text
  *   DELETE /admin/cache/ENTRY?tenant=NAME                 remove one for good
  */
 import { hash, timingSafeEqual } from "node:crypto";
@@ -82,8 +82,12 @@ export class Admin {
           const message = "name a tenant, and a count from 1 to 1000: ?tenant=acme&count=20";
           return refusal("invalid_request", message);
         }
-        const text = wanted.get("text") ?? undefined;
-        return { status: 200, body: await this.#gateway.inspect(tenant, count, text) };
+        const only: { text?: string; scope?: string } = {};
+        for (const name of ["text", "scope"] as const) {
+          const value = wanted.get(name);
+          if (value !== null) only[name] = value;
+        }
+        return { status: 200, body: await this.#gateway.inspect(tenant, count, only) };
       }
       case "DELETE cache/…": {
         const tenant = new URLSearchParams(query).get("tenant") ?? "";

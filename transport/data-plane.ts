@@ -190,4 +190,6 @@ export class AnswerReader {
 export class DataPlane {
   readonly requests = new InflightMap<RequestId, OutgoingRequest>();
   readonly answers = new InflightMap<RequestId, Answer>();
+  /** Bodies for the recording, only where it holds them; whoever writes the request's line takes its body out. */
+  readonly prompts = new InflightMap<RequestId, Buffer>();
 }

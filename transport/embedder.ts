@@ -10,6 +10,8 @@
  *   is refused while others wait: it would cost them several times its own worth.
  * - Batches: what has come together while a batch ran goes out together, at most 8 texts, a long one alone (a batch
  *   costs its longest text times its number).
+ * - Ahead: texts that nobody waits for (a warm-up's) go in small batches of their own while nothing else is to be done,
+ *   so that a question that comes meanwhile waits for one of them and still has its vector in time.
  * - Texts: spaces joined, control characters and lone surrogates replaced; empty and too long ones get no vector.
  * - Vectors: dimension, length 1, finite numbers. Three bad ones in a row, or the same vector for three different
  *   texts in a row, make it take the self-test again, and that decides: a client can send texts that look alike to
@@ -56,6 +58,12 @@ const BATCH_TEXTS_MAX = 8;
 const BYTES_PER_TOKEN_MAX = 5;
 /** Some 64 tokens: more than twice the time of a usual question. */
 const LONG_BYTES = 224;
+/** Of a batch of texts ahead, together: some 20 to 40 ms of a usual model, within what a lookup may take. */
+const AHEAD_BYTES_MAX = 800;
+/** Texts ahead that wait; more are refused. */
+const AHEAD_MAX = 256;
+/** After so long a text ahead goes without a vector. */
+const AHEAD_MS = 20_000;
 /** In a row. */
 const FAILURES_MAX = 3;
 const BAD_VECTORS_MAX = 3;
@@ -128,7 +136,13 @@ class LexicalBackend implements EmbedderBackend {
 type Answer = (embedded: Embedded) => void;
 
 /** One text that somebody waits for; `answer` is null once it was called. */
-type Waiting = { text: string; long: boolean; answer: Answer | null; timer: NodeJS.Timeout };
+type Waiting = {
+  text: string;
+  bytes: number;
+  long: boolean;
+  answer: Answer | null;
+  timer: NodeJS.Timeout;
+};
 
 /** One batch on its way. */
 type Batch = { texts: Waiting[]; abort: AbortController };
@@ -139,6 +153,8 @@ export class Embedder {
   readonly #options: Pick<EmbedderOptions, "dimension" | "timeoutMs" | "queueMax" | "tokensMax">;
   readonly #log: EmbedderLog;
   readonly #queue: Waiting[] = [];
+  /** Sent when nothing is in the queue and nothing runs. */
+  readonly #ahead: Waiting[] = [];
   readonly #running = new Set<Batch>();
   #state: EmbedderState = "starting";
   #reason = "the self-test has not ended";
@@ -226,29 +242,52 @@ export class Embedder {
 
   /** Calls `answer` once, within `timeoutMs`. */
   embed(text: string, answer: Answer): void {
-    if (this.#state !== "healthy") return this.#refuse(answer, this.#state);
-    const bytesMax = this.#options.tokensMax * BYTES_PER_TOKEN_MAX;
-    if (text.length > bytesMax) return this.#refuse(answer, "too_long"); // A megabyte is not even read.
-    const readable = readableText(text);
-    const bytes = Buffer.byteLength(readable, "utf8");
-    if (bytes === 0) return this.#refuse(answer, "empty");
-    if (bytes > bytesMax) return this.#refuse(answer, "too_long");
-    const long = bytes > LONG_BYTES;
+    const read = this.#read(text);
+    if (typeof read === "string") return this.#refuse(answer, read);
     const waiting = this.#queue.length;
-    if (waiting >= this.#options.queueMax || (long && waiting > 0)) {
+    if (waiting >= this.#options.queueMax || (read.long && waiting > 0)) {
       return this.#refuse(answer, "busy");
     }
     const timer = setTimeout(() => this.#onLate(item), this.#options.timeoutMs);
-    const item: Waiting = { text: readable, long, answer, timer };
+    const item: Waiting = { ...read, answer, timer };
     this.#queue.push(item);
     this.#sendBatches();
+  }
+
+  /** Texts that nobody waits for: they come after all others, and take their time. Never rejects. */
+  embedAhead(texts: readonly string[]): Promise<Embedded[]> {
+    const answers = texts.map((text) => new Promise<Embedded>((to) => this.#addAhead(text, to)));
+    this.#sendBatches();
+    return Promise.all(answers);
+  }
+
+  #addAhead(text: string, answer: Answer): void {
+    const read = this.#read(text);
+    if (typeof read === "string") return this.#refuse(answer, read);
+    if (this.#ahead.length >= AHEAD_MAX) return this.#refuse(answer, "busy");
+    const timer = setTimeout(() => this.#onLate(item), AHEAD_MS);
+    const item: Waiting = { ...read, answer, timer };
+    this.#ahead.push(item);
+  }
+
+  /** What there is to embed, or why nothing is. */
+  #read(text: string): Pick<Waiting, "text" | "long" | "bytes"> | NoVector {
+    if (this.#state !== "healthy") return this.#state;
+    const bytesMax = this.#options.tokensMax * BYTES_PER_TOKEN_MAX;
+    if (text.length > bytesMax) return "too_long"; // A megabyte is not even read.
+    const readable = readableText(text);
+    const bytes = Buffer.byteLength(readable, "utf8");
+    if (bytes === 0) return "empty";
+    if (bytes > bytesMax) return "too_long";
+    return { text: readable, bytes, long: bytes > LONG_BYTES };
   }
 
   // ---- queue and batches --------------------------------------------------------------------------------------
 
   #sendBatches(): void {
     while (this.#state === "healthy" && this.#running.size < this.#backend.batchesMax) {
-      const texts = this.#takeBatch();
+      const isIdle = this.#queue.length === 0 && this.#running.size === 0;
+      const texts = isIdle ? this.#takeAhead() : this.#takeBatch();
       if (texts.length === 0) return;
       const batch: Batch = { texts, abort: new AbortController() };
       this.#running.add(batch);
@@ -262,6 +301,17 @@ export class Embedder {
     const next = this.#queue.findIndex(({ long }) => long);
     const end = next < 0 ? this.#queue.length : next;
     return this.#queue.splice(0, Math.min(end, BATCH_TEXTS_MAX));
+  }
+
+  #takeAhead(): Waiting[] {
+    let count = 0;
+    let bytes = 0;
+    while (count < BATCH_TEXTS_MAX) {
+      bytes += this.#ahead[count]?.bytes ?? Number.POSITIVE_INFINITY;
+      if (count > 0 && bytes > AHEAD_BYTES_MAX) break;
+      count++;
+    }
+    return this.#ahead.splice(0, count);
   }
 
   async #run(batch: Batch): Promise<void> {
@@ -328,8 +378,10 @@ export class Embedder {
   }
 
   #onLate(waiting: Waiting): void {
-    const at = this.#queue.indexOf(waiting);
-    if (at >= 0) this.#queue.splice(at, 1);
+    for (const list of [this.#queue, this.#ahead]) {
+      const at = list.indexOf(waiting);
+      if (at >= 0) list.splice(at, 1);
+    }
     this.#settle(waiting, "late");
     for (const batch of this.#running) {
       if (batch.texts.every(({ answer }) => answer === null)) batch.abort.abort();
@@ -434,7 +486,8 @@ export class Embedder {
     this.#state = state;
     this.#reason = reason;
     if (state === "healthy" || state === "starting") return;
-    const waiting = [...this.#queue.splice(0), ...[...this.#running].flatMap(({ texts }) => texts)];
+    const running = [...this.#running].flatMap(({ texts }) => texts);
+    const waiting = [...this.#queue.splice(0), ...this.#ahead.splice(0), ...running];
     for (const batch of this.#running) batch.abort.abort();
     this.#running.clear();
     for (const one of waiting) this.#settle(one, state);

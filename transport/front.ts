@@ -47,6 +47,8 @@ export type Incoming = {
   body: Buffer;
   /** Work of this process itself, in a tenant's name: no key is asked for. */
   as?: Tenant;
+  /** Of its question, where that was embedded ahead of it. */
+  vector?: Float32Array;
   /** It is asked only to judge that entry of the cache. */
   judges?: { entryId: string; similarity: number };
 };
@@ -79,6 +81,8 @@ export type FrontOptions = {
   cacheEnabled: boolean;
   /** Compute prefix-block hashes: only while a recording runs. */
   recordsPrefixes: boolean;
+  /** Keep bodies of chat requests until they end, for a recording that holds them. */
+  recordsPrompts: boolean;
   /** Match questions by meaning; absent = never. Tenants may have another policy. */
   semantic?: { policy: SemanticPolicy; temperatureMax: number };
 };
@@ -165,6 +169,12 @@ export class Front implements Actor<FrontCommand> {
     return this.#draining;
   }
 
+  /** The question of a chat request, where it may be matched by meaning. */
+  questionOf(body: Buffer, { tenant }: Tenant): string | undefined {
+    const request = this.#reader.read("chat", body, tenant);
+    return "code" in request ? undefined : request.question?.text;
+  }
+
   /** Refuses new requests from now on; resolves when the last open one is done. */
   drain(): Promise<void> {
     this.#draining = true;
@@ -242,10 +252,13 @@ export class Front implements Actor<FrontCommand> {
     const storable = facts.cacheKey !== undefined && facts.cacheWrite;
     this.#deps.data.requests.set(requestId, new Outgoing(incoming, request, storable));
     const question = facts.semantic === undefined ? undefined : request.question?.text;
+    if (this.#options.recordsPrompts && request.route === "chat" && facts.judges === undefined)
+      this.#deps.data.prompts.set(requestId, incoming.body);
     this.#deps.post(this.#deps.requests, {
       kind: "request.submit",
       facts,
       ...(question === undefined ? {} : { question }),
+      ...(incoming.vector === undefined ? {} : { vector: incoming.vector }),
     });
     return {
       requestId,
@@ -310,10 +323,9 @@ export class Front implements Actor<FrontCommand> {
   ): RequestFacts["semantic"] | string {
     const embedder = this.#deps.embedder();
     const { semantic } = this.#options;
-    if (semantic === undefined || embedder === undefined) return undefined;
-    const { mode = semantic.policy.mode, ...own } = tenant.semantic ?? {};
-    if (mode === "off" || temperature > semantic.temperatureMax) return undefined;
-    const policy = { ...semantic.policy, ...own, mode };
+    const policy = policyOf(semantic, tenant);
+    if (semantic === undefined || policy === undefined || embedder === undefined) return undefined;
+    if (temperature > semantic.temperatureMax) return undefined;
     const wished = incoming.header("x-headrace-similarity");
     if (wished !== undefined) {
       const least = Number(wished);
@@ -382,7 +394,9 @@ export class Front implements Actor<FrontCommand> {
   }
 
   #requestId(wished: string | undefined): RequestId {
-    if (wished !== undefined && requestIdPattern.test(wished) && !this.#open.has(wished))
+    // A client may have left a request that goes on for others: its id is taken until its body is forgotten.
+    const isFree = wished !== undefined && !this.#open.has(wished);
+    if (isFree && requestIdPattern.test(wished) && !this.#deps.data.requests.has(wished))
       return wished;
     return `${this.#deps.idPrefix}-${(this.#sequence++).toString(36)}`;
   }
@@ -434,6 +448,7 @@ export class Front implements Actor<FrontCommand> {
         }
         this.#deps.data.requests.clear();
         this.#deps.data.answers.clear();
+        this.#deps.data.prompts.clear();
         return;
     }
   }
@@ -443,7 +458,8 @@ export class Front implements Actor<FrontCommand> {
     const outgoing = this.#deps.data.requests.get(requestId);
     if (!(outgoing instanceof Outgoing) || this.#judging >= JUDGING_MAX || this.#draining) return;
     const { incoming } = outgoing;
-    const tenant = incoming.as ?? this.#deps.authenticate(keyOf(incoming));
+    if (incoming.as !== undefined) return; // A warm-up asks nodes for what is missing, and no more than it was told.
+    const tenant = this.#deps.authenticate(keyOf(incoming));
     if (typeof tenant === "string") return; // The key has gone meanwhile.
     this.#judging++;
     const own: Record<string, string> = { "cache-control": "no-cache" };
@@ -689,6 +705,16 @@ class Unread implements Sink {
   destroy(): void {
     this.#done();
   }
+}
+
+/** How a tenant's questions are matched by meaning; undefined: they are not. */
+export function policyOf(
+  semantic: FrontOptions["semantic"],
+  tenant: Tenant,
+): SemanticPolicy | undefined {
+  if (semantic === undefined) return undefined;
+  const { mode = semantic.policy.mode, ...own } = tenant.semantic ?? {};
+  return mode === "off" ? undefined : { ...semantic.policy, ...own, mode };
 }
 
 function readerOf({ requests, recordsPrefixes, semantic }: FrontOptions): RequestReader {

@@ -8,7 +8,7 @@ import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
 import type { Embedded, EmbedderCommand } from "../actors/edges.ts";
 import { GatewayRefs, gatewayTree, NODES_PATH, nodeSpec } from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
-import type { NodeId } from "../actors/protocol.ts";
+import type { NodeId, SemanticPolicy } from "../actors/protocol.ts";
 import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
 import type { RouterDescription, RouterMessage } from "../actors/router.ts";
@@ -22,7 +22,7 @@ import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/sys
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
 import { type Embedder, openEmbedder } from "./embedder.ts";
-import { Front, type FrontOptions } from "./front.ts";
+import { Front, type FrontOptions, policyOf } from "./front.ts";
 import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
 import { Metrics, type StateSnapshot } from "./metrics.ts";
@@ -38,14 +38,24 @@ const MODELS_WAIT_MS = 2000;
 /** How long an actor may take to describe itself for an operator. */
 const DESCRIBE_MS = 1000;
 
-/** Stored questions, and what judging has shown of a tenant's hits. */
-export type Inspection = { entries: InspectedEntry[]; judged: JudgedPool[] };
+/** Stored questions of a tenant, and what judging has shown of its hits. */
+export type Inspection = {
+  /** How its questions are matched; absent: they are not. */
+  policy?: SemanticPolicy;
+  /** Name, version and dimension; absent: there is none, or it has not been healthy yet. */
+  embedder?: string;
+  /** Why the text got no vector. */
+  unavailable?: string;
+  entries: InspectedEntry[];
+  judged: JudgedPool[];
+};
 
 /** A node and what is known of its models. */
 type KnownNode = { options: NodeOptions; models: readonly string[] | undefined };
 
 export class Gateway {
   readonly front: Front;
+  readonly #data = new DataPlane();
   readonly #log: Log;
   readonly #system: ActorSystem;
   readonly #refs: GatewayRefs;
@@ -111,7 +121,7 @@ export class Gateway {
     const reply = <R>(to: ReplyTo<R>, value: R): void => this.#system.reply(to, value);
     const settings = gatewaySettings(options);
     this.#refs = new GatewayRefs((path) => this.#system.ref(path), settings.cacheShards);
-    const data = new DataPlane();
+    const data = this.#data;
     this.#upstream = new UpstreamEdge(upstreamOptions(options), {
       data,
       post,
@@ -302,35 +312,46 @@ export class Gateway {
     return outcome?.known === true;
   }
 
-  /**
-   * Stored questions of a tenant, at most `count`, and what judging has shown; with a text, how they compare with it.
-   * Rejects with the reason when that text gets no vector.
-   */
-  async inspect(tenant: string, count: number, text?: string): Promise<Inspection> {
+  /** Stored questions of a tenant, at most `count`: those used last, or the most similar to a text, with the reasons. */
+  async inspect(
+    tenant: string,
+    count: number,
+    { text, scope }: { text?: string; scope?: string } = {},
+  ): Promise<Inspection> {
+    const owner = this.#keys.ofTenant(tenant);
+    const policy = owner && policyOf(frontOptions(this.#options).semantic, owner);
     const vector = text === undefined ? undefined : await this.#vectorOf(text);
     const question =
-      text === undefined || vector === undefined ? {} : { question: { text, vector } };
+      text === undefined || policy === undefined
+        ? {}
+        : { question: { text, policy, ...(vector instanceof Float32Array && { vector }) } };
+    const inspection = { tenant, count, ...(scope === undefined ? {} : { scope }), ...question };
+    type Found = Pick<Inspection, "entries" | "judged">;
     const shards = await Promise.all(
       this.#refs.cacheShards.map((shard) =>
-        this.#ask<CacheMessage, Inspection>(shard, (replyTo) => ({
+        this.#ask<CacheMessage, Found>(shard, (replyTo) => ({
           kind: "cache.inspect",
-          tenant,
-          count,
-          ...question,
+          inspection,
           replyTo,
         })),
       ),
     );
     const entries = shards.flatMap((shard) => shard?.entries ?? []);
-    entries.sort((left, right) => (right.similarity ?? 0) - (left.similarity ?? 0));
+    const nearness = ({ compared }: InspectedEntry): number => compared?.similarity ?? -1;
+    entries.sort((left, right) => nearness(right) - nearness(left) || left.ageMs - right.ageMs);
+    const embedder = identityText(this.#embedder);
     return {
+      ...(policy === undefined ? {} : { policy }),
+      ...(embedder === undefined ? {} : { embedder }),
+      ...(typeof vector === "string" ? { unavailable: vector } : {}),
       entries: entries.slice(0, count),
       judged: shards.flatMap((shard) => shard?.judged ?? []),
     };
   }
 
-  async #vectorOf(text: string): Promise<Float32Array> {
-    if (this.#embedder === undefined) throw new Error("no embedder is configured");
+  /** Or why there is none. */
+  async #vectorOf(text: string): Promise<Float32Array | string> {
+    if (this.#embedder === undefined) return "no embedder is configured";
     const embedded = await this.#ask<EmbedderCommand, Embedded>(this.#refs.embedder, (replyTo) => ({
       kind: "embedder.embed",
       requestId: "inspect",
@@ -338,7 +359,16 @@ export class Gateway {
       replyTo,
     }));
     if (embedded?.kind === "vector") return embedded.vector;
-    throw new Error(`the text gets no vector: ${embedded?.reason ?? "late"}`);
+    return embedded?.reason ?? "late";
+  }
+
+  /** Vectors of questions that will be asked, without haste; undefined for each that gets none. */
+  async embedAhead(texts: readonly string[]): Promise<(Float32Array | undefined)[]> {
+    const embedder = this.#embedder;
+    if (embedder === undefined) return texts.map(() => undefined);
+    await embedder.settled();
+    const embedded = await embedder.embedAhead(texts);
+    return embedded.map((one) => (one.kind === "vector" ? one.vector : undefined));
   }
 
   async state(): Promise<StateSnapshot> {
@@ -465,9 +495,12 @@ export class Gateway {
         return this.#decisions?.write(known);
       case "request.finished": {
         const { record } = known;
+        const { requestId } = record.facts;
+        const body = this.#data.prompts.get(requestId);
+        this.#data.prompts.delete(requestId);
         this.#recent.add(record);
         this.#metrics.onFinished(record);
-        this.#recorder?.write(record);
+        this.#recorder?.write(record, body);
         return;
       }
       case "gpu_node.circuit_changed":
@@ -499,6 +532,7 @@ function frontOptions(options: Options): FrontOptions {
     requestTimeoutMsMax: timeouts.totalMs,
     cacheEnabled: cache.enabled,
     recordsPrefixes: record.file !== undefined,
+    recordsPrompts: record.file !== undefined && record.prompts,
     ...(policy === undefined ? {} : { semantic: { policy, temperatureMax } }),
   };
 }

@@ -11,7 +11,7 @@ import type { Priority, Route } from "../actors/protocol.ts";
 
 export type RequestLimits = { messagesMax: number; maxTokensMax: number };
 
-/** What is known of a request that passed every check. Nothing of its text: it may be kept. */
+/** What is known of a request that passed every check. Of its text only a question that may be matched by meaning. */
 export type ReadRequest = {
   readonly route: Route;
   readonly model: string | undefined;
@@ -373,6 +373,17 @@ class Checker {
       field,
       `must be one of ${accepted.map((a) => `"${a}"`).join(", ")}, not ${shown(value)}`,
     );
+  }
+}
+
+/** A body without the fields that never change the answer: some name the caller's customers. Undefined: it is none. */
+export function promptOf(bytes: Buffer): Record<string, unknown> | undefined {
+  try {
+    const body: unknown = JSON.parse(bytes.toString("utf8"));
+    if (!isObject(body)) return undefined;
+    return Object.fromEntries(Object.entries(body).filter(([name]) => !deliveryFields.has(name)));
+  } catch {
+    return undefined;
   }
 }
 

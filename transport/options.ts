@@ -630,7 +630,7 @@ const schema = group("All options.", "restart", {
     }).exactOptional(),
   }).prefault({}),
 
-  record: group("Recording requests for replay and planning; never any of their text.", "restart", {
+  record: group("Recording requests, for replay, planning and warm-up.", "restart", {
     file: text({
       doc: "File to append to, one JSON object a line.",
       accepted: "a path",
@@ -639,6 +639,10 @@ const schema = group("All options.", "restart", {
       doc: "File for all that the router sees and chooses, written anew: for `headrace sim decisions`. Large.",
       accepted: "a path",
     }).exactOptional(),
+    prompts: boolean(
+      "true = the lines of chat requests hold what was asked, in clear: for `headrace hot`. " +
+        "false = they hold no text of any request.",
+    ).default(false),
   }).prefault({}),
 
   log: group("The log.", "live", {

@@ -1,16 +1,19 @@
 /**
  * What became of requests: the last ones are kept to be explained, and one line each goes to a recording.
- * Nothing here holds text of a prompt or an answer.
+ * Nothing here holds text of a prompt or an answer, but for lines of a recording with `record.prompts`.
  */
 import { hash } from "node:crypto";
 import { createWriteStream, type WriteStream } from "node:fs";
 import type { Decision, RequestFacts, RequestId, RequestRecord } from "../actors/protocol.ts";
 import type { RouterMessage } from "../actors/router.ts";
 import type { RouterLogEvent, RouterLogHeader, RouterLogLine } from "../actors/router-log.ts";
+import { promptOf } from "./openai-request.ts";
 import { formatTraceRecord, type TraceRecord } from "./trace-format.ts";
 
 /** Records kept to be explained; about 3 KB each. */
 const RECORDS_MAX = 1000;
+/** A longer request is recorded without its text: what many ask is short. */
+const PROMPT_BYTES_MAX = 16_384;
 
 export class RecentRequests {
   readonly #ring: RequestRecord[] = [];
@@ -175,7 +178,8 @@ export class Recorder {
     this.#file = new LineFile(file, "a", onError);
   }
 
-  write(record: RequestRecord): void {
+  /** @param body of the request, where the line is to hold what was asked */
+  write(record: RequestRecord, body?: Buffer): void {
     const { facts } = record;
     if (facts.route === "other" || facts.model === undefined) return;
     const last = record.attempts[record.attempts.length - 1];
@@ -199,6 +203,7 @@ export class Recorder {
       queuedMs: round(record.queuedMs),
       ...(record.ttftMs === undefined ? {} : { ttftMs: round(record.ttftMs) }),
       e2eMs: round(record.endedMs),
+      ...promptFields(body),
     };
     this.#file.write(formatTraceRecord(line));
   }
@@ -258,6 +263,11 @@ function anonymousFacts({ prefix: _, cacheKey: __, ...facts }: RequestFacts): Re
 /** 16 hex digits; equal names, equal hashes. */
 function nameHash(name: string): string {
   return hash("sha256", name, "hex").slice(0, 16);
+}
+
+function promptFields(body: Buffer | undefined): Pick<TraceRecord, "prompt"> {
+  const prompt = body === undefined || body.length > PROMPT_BYTES_MAX ? undefined : promptOf(body);
+  return prompt === undefined ? {} : { prompt };
 }
 
 function round(ms: number): number {

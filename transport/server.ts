@@ -76,6 +76,7 @@ export class Server {
       inflightMax,
       tenant: who,
       model: served,
+      embedAhead: (texts) => this.gateway.embedAhead(texts),
       onProgress,
       signal: this.#warmup.signal,
     });

@@ -1,6 +1,7 @@
 /**
- * Headrace's own trace format: one JSON object a line, one line a request, never any text of it.
- * Written by `serve --record FILE`, read by `replay` and by the simulator. Version 1.
+ * Headrace's own trace format: one JSON object a line, one line a request. Written by `serve --record FILE`, read by
+ * `replay`, by the simulator and by `hot`. Version 1. Lines hold no text of a request, unless its operator wanted that
+ * (`record.prompts`): then `prompt` is what was asked.
  *
  * Lines stand in the order in which requests *ended*, so arrivals are out of order by as much as requests last;
  * the reader (sim/trace.ts) sorts them. A file that two recordings were appended to starts its times anew in the
@@ -39,6 +40,8 @@ export type TraceRecord = {
   ttftMs?: number;
   /** From arrival to the last byte. */
   e2eMs: number;
+  /** The body of a chat request without the fields that only say how, and to whom, it is delivered. */
+  prompt?: Record<string, unknown>;
 };
 
 const routes = ["chat", "completions", "embeddings"] as const;
@@ -86,6 +89,10 @@ const count: Check = (value) =>
 const text: Check = (value) => (typeof value === "string" ? undefined : "it must be a string");
 const flag: Check = (value) =>
   typeof value === "boolean" ? undefined : "it must be true or false";
+const object: Check = (value) =>
+  typeof value === "object" && value !== null && !Array.isArray(value)
+    ? undefined
+    : "it must be a JSON object";
 const hashes: Check = (value) =>
   Array.isArray(value) &&
   value.length <= PREFIX_BLOCKS_MAX &&
@@ -124,6 +131,7 @@ const checks: [string, Check][] = Object.entries({
   queuedMs: time,
   ttftMs: optional(time),
   e2eMs: time,
+  prompt: optional(object),
 } satisfies Record<Exclude<keyof TraceRecord, "v">, Check>);
 
 function show(value: unknown): string {

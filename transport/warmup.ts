@@ -1,6 +1,9 @@
 /**
  * Fills the cache from a file of prompts before (and beside) live traffic: a bounded number in flight, lowest
- * priority, through the same chain as every request, so that what is cached already costs nothing.
+ * priority, through the same chain as every request, so that what is cached already costs nothing: an equal question,
+ * or one in other words that the tenant would be served.
+ *
+ * Questions are embedded ahead, in batches between those of live traffic, so that other wordings of theirs hit, too.
  *
  * A line is a prompt as plain text, or a JSON chat request. Empty lines and lines that start with "#" are left
  * out.
@@ -11,6 +14,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { Front, Incoming, Sink } from "./front.ts";
 import type { Tenant } from "./keys.ts";
 
+/** Prompts read and embedded ahead of those that are asked. */
+const CHUNK_PROMPTS = 16;
 /** How long a prompt that was shed, because the nodes are busy with live traffic, waits before it asks again. */
 const BUSY_PAUSE_MS = 1000;
 
@@ -21,6 +26,8 @@ export type WarmupOptions = {
   tenant: Tenant;
   /** For lines that name no model. */
   model: string;
+  /** Vectors of questions that will be asked, undefined for each without; absent: nothing is matched by meaning. */
+  embedAhead?: (texts: readonly string[]) => Promise<(Float32Array | undefined)[]>;
   onProgress?: (report: WarmupReport) => void;
   /** Ends the warm-up early; what is in flight is awaited. */
   signal?: AbortSignal;
@@ -47,16 +54,19 @@ export async function warmUp(front: Front, options: WarmupOptions): Promise<Warm
     unreadable = error;
     lines.close(); // Not every Node passes the error on to the loop, which would wait for ever.
   });
-  let line = 0;
+  const ended = new Promise<void>((resolve) => {
+    options.signal?.addEventListener("abort", () => resolve(), { once: true });
+  });
   try {
-    for await (const text of lines) {
-      line++;
-      const prompt = text.trim();
-      if (prompt === "" || prompt.startsWith("#")) continue;
-      while (running.size >= options.inflightMax) await Promise.race(running);
+    for await (const prompts of chunksOf(lines, options.model)) {
+      await Promise.race([addVectors(front, prompts, options), ended]);
+      for (const prompt of prompts) {
+        while (running.size >= options.inflightMax) await Promise.race(running);
+        if (options.signal?.aborted === true) break;
+        const one = warmOne(front, prompt, options, report).finally(() => running.delete(one));
+        running.add(one);
+      }
       if (options.signal?.aborted === true) break;
-      const one = warmOne(front, prompt, line, options, report).finally(() => running.delete(one));
-      running.add(one);
     }
   } catch (error) {
     if (error !== unreadable) throw error;
@@ -69,18 +79,52 @@ export async function warmUp(front: Front, options: WarmupOptions): Promise<Warm
   return report;
 }
 
+type Prompt = { line: number; body: Buffer | null; vector?: Float32Array };
+
+async function* chunksOf(lines: AsyncIterable<string>, model: string): AsyncGenerator<Prompt[]> {
+  let chunk: Prompt[] = [];
+  let line = 0;
+  for await (const text of lines) {
+    line++;
+    const prompt = text.trim();
+    if (prompt === "" || prompt.startsWith("#")) continue;
+    chunk.push({ line, body: bodyOf(prompt, model) });
+    if (chunk.length < CHUNK_PROMPTS) continue;
+    yield chunk;
+    chunk = [];
+  }
+  if (chunk.length > 0) yield chunk;
+}
+
+async function addVectors(
+  front: Front,
+  prompts: readonly Prompt[],
+  { embedAhead, tenant }: WarmupOptions,
+): Promise<void> {
+  if (embedAhead === undefined) return;
+  const asked: { prompt: Prompt; text: string }[] = [];
+  for (const prompt of prompts) {
+    const text = prompt.body === null ? undefined : front.questionOf(prompt.body, tenant);
+    if (text !== undefined) asked.push({ prompt, text });
+  }
+  const vectors = await embedAhead(asked.map(({ text }) => text));
+  for (const [index, { prompt }] of asked.entries()) {
+    const vector = vectors[index];
+    if (vector !== undefined) prompt.vector = vector;
+  }
+}
+
 async function warmOne(
   front: Front,
-  prompt: string,
-  line: number,
+  prompt: Prompt,
   options: WarmupOptions,
   report: WarmupReport,
 ): Promise<void> {
-  const body = bodyOf(prompt, options.model);
+  const { body, line } = prompt;
   const outcome =
     body === null
       ? { status: 400, cache: "", reason: "the line is not a JSON object" }
-      : await submitWhenIdle(front, body, options);
+      : await submitWhenIdle(front, { body, vector: prompt.vector }, options);
   report.done++;
   if (outcome.status !== 200) report.failures.push({ line, reason: outcome.reason });
   else if (outcome.cache.startsWith("hit")) report.present++;
@@ -105,11 +149,11 @@ function bodyOf(prompt: string, model: string): Buffer | null {
 /** The lowest priority is shed under load, not queued: so it comes again, until the warm-up is to end. */
 async function submitWhenIdle(
   front: Front,
-  body: Buffer,
+  asked: Asked,
   { tenant, signal }: WarmupOptions,
 ): Promise<Outcome> {
   for (;;) {
-    const outcome = await submit(front, body, tenant);
+    const outcome = await submit(front, asked, tenant);
     if (!outcome.reason.endsWith("pool_overloaded")) return outcome;
     try {
       await delay(BUSY_PAUSE_MS, undefined, { ref: false, ...(signal && { signal }) });
@@ -121,7 +165,9 @@ async function submitWhenIdle(
 
 type Outcome = { status: number; cache: string; reason: string };
 
-function submit(front: Front, body: Buffer, tenant: Tenant): Promise<Outcome> {
+type Asked = { body: Buffer; vector: Float32Array | undefined };
+
+function submit(front: Front, { body, vector }: Asked, tenant: Tenant): Promise<Outcome> {
   return new Promise((resolve) => {
     const incoming: Incoming = {
       method: "POST",
@@ -130,6 +176,7 @@ function submit(front: Front, body: Buffer, tenant: Tenant): Promise<Outcome> {
       header: (name) => (name === "x-headrace-priority" ? "batch" : headers[name]),
       body,
       as: tenant,
+      ...(vector === undefined ? {} : { vector }),
     };
     front.submit(incoming, new OutcomeSink(resolve));
   });
