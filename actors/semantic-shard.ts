@@ -322,7 +322,6 @@ export class SemanticShard {
       return { kind: "explore", says: "too few of its tenant's judged hits were right" };
     }
     if (mode === "fixed") return { kind: "serve", says: `at or above ${similarityMin}` };
-    pool.errorRateMax = errorRateMax;
     const { evidence } = entry;
     return decide({
       similarity,
