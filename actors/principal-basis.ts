@@ -7,6 +7,7 @@
  * 5,000 vectors take half a second. What reads a basis relies on nothing but its rows being orthonormal.
  */
 import { assert } from "../runtime/actor.ts";
+import { dotProduct } from "./unit-vector.ts";
 import { Matrix } from "./vector-kernels.ts";
 
 /** Vectors looked at in one round. */
@@ -104,16 +105,16 @@ export class BasisTraining {
     const { dimension, sums } = this.#matrix;
     const vector = Float64Array.from(sums.subarray(index * dimension, (index + 1) * dimension));
     for (;;) {
-      const before = Math.sqrt(dot(vector, vector));
+      const before = Math.sqrt(dotProduct(vector, vector));
       for (let pass = 0; pass < 2 && before > 0; pass++) {
         for (let other = 0; other < index; other++) {
           const row = this.#matrix.row(other);
-          const share = dot(vector, row);
+          const share = dotProduct(vector, row);
           for (let at = 0; at < dimension; at++)
             vector[at] = (vector[at] ?? 0) - share * (row[at] ?? 0);
         }
       }
-      const norm = Math.sqrt(dot(vector, vector));
+      const norm = Math.sqrt(dotProduct(vector, vector));
       if (norm > INDEPENDENT_MIN * before) {
         const target = this.#matrix.row(index);
         for (let at = 0; at < dimension; at++) target[at] = (vector[at] ?? 0) / norm;
@@ -122,10 +123,4 @@ export class BasisTraining {
       for (let at = 0; at < dimension; at++) vector[at] = this.#random() - 0.5;
     }
   }
-}
-
-function dot(a: Float64Array, b: Float64Array | Float32Array): number {
-  let sum = 0;
-  for (let at = 0; at < a.length; at++) sum += (a[at] ?? 0) * (b[at] ?? 0);
-  return sum;
 }

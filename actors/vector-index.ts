@@ -19,6 +19,7 @@
  */
 import { assert } from "../runtime/actor.ts";
 import { BasisTraining, randomBasis } from "./principal-basis.ts";
+import { dotProduct, normaliseInto } from "./unit-vector.ts";
 import type { PackedQuery } from "./vector-kernels.ts";
 import { BLOCK_ROWS, DIMENSION_STEP, type Matrix, packQuery, RowBlock } from "./vector-kernels.ts";
 
@@ -154,7 +155,7 @@ export class ExactIndex implements VectorIndex {
     assert(Number.isSafeInteger(id), "an id is a whole number");
     if (this.#rows.has(id)) return `id ${id} is in the index already`;
     if (this.size >= this.#entriesMax) return `the index is full: ${this.#entriesMax} vectors`;
-    const refusal = normalise(vector, this.#dimension, this.#scratch);
+    const refusal = normaliseInto(this.#scratch, vector, this.#dimension);
     if (refusal !== undefined) return refusal;
     const row = this.size;
     if (!this.#makeRoom(row)) return "the engine has no memory for more vectors";
@@ -184,10 +185,10 @@ export class ExactIndex implements VectorIndex {
 
   search(query: Float32Array, threshold: number, count: number): Found[] {
     const best = new BestFound(threshold, count);
-    if (count < 1 || normalise(query, this.#dimension, this.#scratch) !== undefined) return [];
+    if (count < 1 || normaliseInto(this.#scratch, query, this.#dimension) !== undefined) return [];
     if (this.#blocks.length === 0) {
       for (const [row, id] of this.#ids.entries()) {
-        best.offer(id, dot(this.#vectorAt(row), this.#scratch));
+        best.offer(id, dotProduct(this.#vectorAt(row), this.#scratch));
       }
       return best.found;
     }
@@ -386,24 +387,4 @@ class BestFound {
 function isBefore(id: number, similarity: number, other: Found | undefined): boolean {
   if (other === undefined) return false;
   return similarity > other.similarity || (similarity === other.similarity && id < other.id);
-}
-
-/** Why a vector cannot be compared by cosine; undefined, and `out` is the vector at norm 1, when it can. */
-function normalise(vector: Float32Array, dimension: number, out: Float32Array): string | undefined {
-  if (vector.length !== dimension) {
-    return `the vector has ${vector.length} dimensions, not ${dimension}`;
-  }
-  let squares = 0;
-  for (const value of vector) squares += value * value;
-  if (!Number.isFinite(squares)) return "the vector has a number that is not finite";
-  if (squares === 0) return "the vector is zero: it has no direction";
-  const factor = 1 / Math.sqrt(squares);
-  for (let at = 0; at < dimension; at++) out[at] = (vector[at] ?? 0) * factor;
-  return undefined;
-}
-
-function dot(a: Float32Array, b: Float32Array): number {
-  let sum = 0;
-  for (let at = 0; at < a.length; at++) sum += (a[at] ?? 0) * (b[at] ?? 0);
-  return sum;
 }
