@@ -15,11 +15,11 @@
  *   moving ──a pass over its entries found none that another owns──▶ settled ──a newer map──▶ moving
  *
  * Moving, it sends slices of entries to their owners, and drops what an owner says it has. The rules that let no match
- * miss an entry on its way: the newer map wins wherever two meet, and a shard takes an entry only if it owns it by the
- * newest map of both sides; after a new map every shard counts as moving until it says that it is settled by that map;
- * and as all asks of a match are in the mailboxes before the next message is handled, an entry that the new owner did
- * not have yet when it was asked is still with the old one when that is. (Mail between processes keeps no such order:
- * there an old owner has to keep what it gave away for the time of one match.)
+ * miss an entry on its way, in whatever order mail arrives:
+ *   - an entry stays with the old owner for the time of one match after the new one has said that it has it: a match that
+ *     was too early for the new owner is in time for the old one;
+ *   - the newer map wins wherever two meet, and nothing is taken by an older one than the taker's;
+ *   - after a new map every shard counts as moving, until it says that it is settled by that map.
  *
  * Nothing here is kept anywhere else. A shard that crashes loses its part: misses, until the store gives it back. A home
  * that crashes forgets the map too; each holder tells the home of its parts once a second, from which the home has the
@@ -209,6 +209,8 @@ type Part = {
   pass: Iterator<string> | undefined;
   /** Asks that have no outcome yet; nothing more is sent before. */
   underWay: number;
+  /** What others have taken, but may not yet have had when a match came that is still to come here. */
+  leaving: { entries: MovedEntry[]; untilMs: number }[];
   /** Something did not arrive: one more pass. */
   isIncomplete: boolean;
   restUntilMs: number;
@@ -657,6 +659,7 @@ export class ScopeSplits {
       map,
       pass: this.#semantic.idsOf(scope),
       underWay: 0,
+      leaving: [],
       isIncomplete: false,
       restUntilMs: 0,
       usedAtMs: context.nowMs,
@@ -770,7 +773,10 @@ export class ScopeSplits {
     }
     const part = this.#parts.get(scope);
     if (part?.pass === undefined) return false;
-    if (part.underWay === 0 && context.nowMs >= part.restUntilMs) this.#move(part, context);
+    const isTooEarly = part.leaving.some(({ untilMs }) => context.nowMs < untilMs);
+    if (part.underWay > 0 || isTooEarly || context.nowMs < part.restUntilMs) return true;
+    this.#release(part);
+    this.#move(part, context);
     return part.pass !== undefined;
   }
 
@@ -818,6 +824,15 @@ export class ScopeSplits {
     );
   }
 
+  #release(part: Part): void {
+    for (const { entries } of part.leaving.splice(0)) {
+      for (const entry of entries) {
+        if (this.#semantic.release(entry)) this.#counts.movedEntries++;
+        else part.isIncomplete = true; // Labelled meanwhile: it goes again.
+      }
+    }
+  }
+
   #take(map: SplitMap, entries: MovedEntry[], context: Context<SplitMessage>): BucketTaken {
     const part = this.#see(map, context);
     if (isNewer(part.map, map)) return { kind: "newer", map: part.map };
@@ -829,17 +844,15 @@ export class ScopeSplits {
   }
 
   #onBucketTaken({ map, entries, outcome }: Taken, context: Context<SplitMessage>): void {
-    // By a newer map, another pass has begun meanwhile, over what is left here.
+    // By a newer map, another pass has begun meanwhile, over all that is here: what was taken goes to its owner again.
     const known = this.#parts.get(map.scope);
     const part = known?.map === map ? known : undefined;
     if (part !== undefined) part.underWay--;
     if (outcome.ok && outcome.value.kind === "newer") {
       this.#see(outcome.value.map, context);
     } else if (outcome.ok) {
-      for (const entry of entries) {
-        if (this.#semantic.release(entry)) this.#counts.movedEntries++;
-        else if (known !== undefined) known.isIncomplete = true;
-      }
+      const untilMs = context.nowMs + this.#options.probeMs;
+      part?.leaving.push({ entries, untilMs });
     } else if (part !== undefined) {
       part.isIncomplete = true;
       part.restUntilMs = context.nowMs + REST_MS;
