@@ -25,6 +25,8 @@
  *
  * A leader whose question is answered from another entry, by meaning, closes its flight with that answer, which its
  * joiners get as well. Questions come back from the store in the background after a start; lookups never wait for that.
+ * A scope too large for one shard is spread over all (scope-split.ts); without others, or where the store has an index
+ * of all questions, it stays here.
  *
  * Behind memory there may be a store, which is asked once per key however many wait, and never waited for
  * longer than its time-out. Everything in memory is lost on a restart: leaders go on, joiners run into their
@@ -52,6 +54,15 @@ import type {
   StoredAnswer,
   StoredQuestion,
 } from "./protocol.ts";
+import {
+  ScopeSplits,
+  type SplitCommand,
+  type SplitDescription,
+  type SplitEvent,
+  type SplitMessage,
+  type SplitOptions,
+  splitDefaults,
+} from "./scope-split.ts";
 import {
   type Explored,
   type InspectedEntry,
@@ -140,7 +151,9 @@ export type CacheMessage =
   | { kind: "cache.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> }
   /** For answers kept from now on; a smaller `bytesMax` drops what no longer fits at once. Both > 0. */
   | { kind: "cache.configure"; ttlMs: number; bytesMax: number }
-  | { kind: "cache.describe"; replyTo: ReplyTo<CacheDescription> };
+  | { kind: "cache.describe"; replyTo: ReplyTo<CacheDescription> }
+  /** Scopes that are spread over several shards. */
+  | SplitCommand;
 
 export type LookupReply =
   | { kind: "hit"; answer: StoredAnswer; ageMs: number }
@@ -199,7 +212,7 @@ export type FlightNews =
   | { kind: "flight.abandoned"; requestId: RequestId; flightId: RequestId };
 
 /** Figures now, then counts since the start. Every lookup is one of hits, storeHits, misses and joins. */
-export type CacheDescription = Partial<SemanticDescription> & {
+export type CacheDescription = Partial<SemanticDescription & SplitDescription> & {
   entries: number;
   bytes: number;
   bytesMax: number;
@@ -233,7 +246,8 @@ export type CacheEvent =
   | { kind: "cache.purged"; tenant?: string; removed: number }
   /** What the store held may come back. */
   | { kind: "cache.store_purge_failed"; tenant?: string; failure: AskFailure }
-  | { kind: "cache.flight_lapsed"; flightId: RequestId; joiners: number };
+  | { kind: "cache.flight_lapsed"; flightId: RequestId; joiners: number }
+  | SplitEvent;
 
 type StoreAnswered = {
   kind: "cache.store_answered";
@@ -263,7 +277,8 @@ type OwnMessage =
   | MaintainDue
   | NearestAnswered
   | RecallDue
-  | RecallAnswered;
+  | RecallAnswered
+  | SplitMessage;
 
 export type CacheOptions = {
   /** Life of an answer, > 0. */
@@ -282,6 +297,8 @@ export type CacheOptions = {
   flightMsMax: number;
   /** Lookup by meaning; absent = equal keys only. */
   semantic?: SemanticOptions;
+  /** When and how a scope is spread over several shards. */
+  split: SplitOptions;
   /** The store has an index over all questions and is asked at every match; else they come from it once, at the start. */
   asksNearest: boolean;
   /** Of the 4096 buckets that scopes fall into, those whose number modulo `shards` is `shard` are this one's. */
@@ -297,6 +314,7 @@ export const cacheDefaults: Readonly<CacheOptions> = {
   flightsMax: 16_384, // About 300 bytes each.
   participantsMax: 65_536,
   flightMsMax: 600_000, // Twice the default of the longest request.
+  split: splitDefaults,
   asksNearest: false,
   shard: 0,
   shards: 1,
@@ -364,10 +382,14 @@ export class CacheActor implements Actor<OwnMessage> {
   readonly #options: CacheOptions;
   readonly #store: ActorRef<StoreCommand> | undefined;
   readonly #entries: EntryStore;
-  /** Made at the start, which brings its randomness. */
+  readonly #shards: readonly ActorRef<SplitCommand>[];
+  /** Both made at the start, which brings their randomness. */
   #semantic: SemanticShard | undefined;
-  /** What is still to be had back from the store: the bucket, and the page in it. */
+  #splits: ScopeSplits | undefined;
+  /** What the store is being asked for: the bucket, and the page in it. */
   #recall: { bucket: number; cursor: string } | undefined;
+  /** Buckets that are still to be had from the store. */
+  readonly #toRecall = new Set<number>();
   #isMaintaining = false;
   /** By key; those that run in the order in which they began, so that the first lapses first. */
   readonly #flights = new InflightMap<string, LookingUp | Running>();
@@ -391,8 +413,12 @@ export class CacheActor implements Actor<OwnMessage> {
   #lapses = 0;
   #stale = 0;
 
-  /** Without a `store`, memory is all there is. */
-  constructor(options: CacheOptions, store?: ActorRef<StoreCommand>) {
+  /** Without a `store`, memory is all there is. `shards`: all cache actors, in order; absent = no scope is spread. */
+  constructor(
+    options: CacheOptions,
+    store?: ActorRef<StoreCommand>,
+    shards: readonly ActorRef<SplitCommand>[] = [],
+  ) {
     assert(options.ttlMs > 0, "ttlMs must be positive");
     assert(options.storeTimeoutMs > 0, "storeTimeoutMs must be positive");
     assert(options.flightsMax >= 1, "flightsMax must be at least 1");
@@ -400,17 +426,34 @@ export class CacheActor implements Actor<OwnMessage> {
     assert(options.flightMsMax > 0, "flightMsMax must be positive");
     this.#options = options;
     this.#store = store;
+    this.#shards = shards;
     this.#entries = new EntryStore(options.bytesMax, options.answerBytesMax);
     this.#ttlMs = options.ttlMs;
   }
 
   start(context: Context<OwnMessage>): void {
-    const { semantic, shard } = this.#options;
-    if (semantic === undefined) return;
-    this.#semantic = new SemanticShard(semantic, () => context.random());
-    if (this.#store === undefined || this.#options.asksNearest) return;
-    this.#recall = { bucket: shard, cursor: "" };
-    context.startTimer("recall", 0, { kind: "cache.recall_due" });
+    const { semantic: options, split, asksNearest, shard, shards } = this.#options;
+    if (options === undefined) return;
+    const random = (): number => context.random();
+    const semantic = new SemanticShard(options, random);
+    const store = this.#store;
+    const recalls = store !== undefined && !asksNearest;
+    this.#semantic = semantic;
+    this.#splits = new ScopeSplits({
+      split,
+      semantic,
+      shard: asksNearest ? 0 : shard,
+      shards: asksNearest ? [] : this.#shards,
+      store,
+      random,
+      bornAtMs: context.nowMs,
+      recallAgain: (scope) => {
+        if (recalls) this.#toRecall.add(Number.parseInt(scope.slice(0, 3), 16));
+      },
+    });
+    if (!recalls) return;
+    for (let bucket = shard; bucket < BUCKETS; bucket += shards) this.#toRecall.add(bucket);
+    this.#recallNext(context);
   }
 
   receive(message: OwnMessage, context: Context<OwnMessage>): void {
@@ -436,9 +479,24 @@ export class CacheActor implements Actor<OwnMessage> {
       case "cache.learn":
         return this.#onLearn(message, context);
       case "cache.judge":
-        return this.#semantic?.judge(message.explored, message.answer);
+        return this.#splits?.judge(message.explored, message.answer, context);
       case "cache.feedback":
         return this.#onFeedback(message, context);
+      case "cache.candidates":
+      case "cache.touch":
+      case "cache.keep":
+      case "cache.give_bucket":
+      case "cache.take_bucket":
+      case "cache.map":
+      case "cache.part":
+      case "cache.label":
+      case "cache.bury":
+      case "cache.split_due":
+      case "cache.candidates_came":
+      case "cache.bucket_taken":
+      case "cache.label_came":
+        this.#splits?.receive(message, context);
+        return this.#armAfterSplit(context);
       case "cache.inspect":
         return this.#onInspect(message, context);
       case "cache.recall_due":
@@ -819,7 +877,8 @@ export class CacheActor implements Actor<OwnMessage> {
     { question, replyTo }: Extract<CacheMessage, { kind: "cache.match" }>,
     context: Context<OwnMessage>,
   ): void {
-    context.reply(replyTo, this.#semantic?.match(question, context.nowMs) ?? OFF);
+    if (this.#splits === undefined) return context.reply(replyTo, OFF);
+    this.#splits.match(question, replyTo, context);
   }
 
   /** What the store finds is taken in; then labels, guards and the tenant's mode decide here, as ever. */
@@ -852,10 +911,22 @@ export class CacheActor implements Actor<OwnMessage> {
 
   #adopt(questions: readonly StoredQuestion[], context: Context<OwnMessage>): void {
     if (questions.length === 0) return;
-    for (const question of questions)
-      if (!this.#isPurging(question.tenant)) this.#semantic?.adopt(question, context.nowMs);
+    const wanted = questions.filter(({ tenant }) => !this.#isPurging(tenant));
+    this.#splits?.adopt(wanted, context);
+    this.#armAfterSplit(context);
+  }
+
+  /** Entries may have come, here or on their way, and scopes to look after. */
+  #armAfterSplit(context: Context<OwnMessage>): void {
+    if (this.#holdsNothing()) return;
     this.#armSweep(context);
     this.#armMaintenance(context);
+    this.#recallNext(context);
+  }
+
+  #holdsNothing(): boolean {
+    const { size } = this.#semantic ?? { size: 0 };
+    return size === 0 && this.#splits?.isBusy !== true;
   }
 
   #onLearn(
@@ -863,28 +934,20 @@ export class CacheActor implements Actor<OwnMessage> {
     context: Context<OwnMessage>,
   ): void {
     const { question, answer, explored, isShadow, askedMsAgo } = message;
-    const { nowMs } = context;
-    if (this.#isPurgedSince(question.tenant, nowMs - askedMsAgo)) {
+    if (this.#isPurgedSince(question.tenant, context.nowMs - askedMsAgo)) {
       this.#purgedAnswers++;
       return;
     }
-    const made = this.#semantic?.learn(question, answer, explored, isShadow, nowMs);
-    if (made === undefined) return;
-    this.#armSweep(context);
-    this.#armMaintenance(context);
-    if (this.#store !== undefined)
-      context.tell(this.#store, { kind: "store.remember", question: made });
+    this.#splits?.learn(question, answer, explored, isShadow, context);
+    this.#armAfterSplit(context);
   }
 
   #onFeedback(
     { entryId, tenant, isRight, replyTo }: Extract<CacheMessage, { kind: "cache.feedback" }>,
     context: Context<OwnMessage>,
   ): void {
-    const scope = this.#semantic?.scopeOf(entryId);
-    const known = this.#semantic?.feedback(entryId, tenant, isRight) === true;
-    if (known && !isRight && scope !== undefined && this.#store !== undefined)
-      context.tell(this.#store, { kind: "store.forget", entryId, scope, tenant });
-    context.reply(replyTo, { known });
+    if (this.#splits === undefined) return context.reply(replyTo, { known: false });
+    this.#splits.feedback(entryId, tenant, isRight, replyTo, context);
   }
 
   #onInspect(
@@ -893,6 +956,16 @@ export class CacheActor implements Actor<OwnMessage> {
   ): void {
     const entries = this.#semantic?.inspect(inspection, context.nowMs) ?? [];
     context.reply(replyTo, { entries, judged: this.#semantic?.judged(inspection.tenant) ?? [] });
+  }
+
+  /** Begins with another bucket, unless one is under way. */
+  #recallNext(context: Context<OwnMessage>): void {
+    if (this.#recall !== undefined) return;
+    const next = this.#toRecall.values().next();
+    if (next.done) return;
+    this.#toRecall.delete(next.value);
+    this.#recall = { bucket: next.value, cursor: "" };
+    context.startTimer("recall", 0, { kind: "cache.recall_due" });
   }
 
   /** Asks for the next page; lookups go on meanwhile with what is there. */
@@ -915,10 +988,10 @@ export class CacheActor implements Actor<OwnMessage> {
       return;
     }
     const { questions, cursor } = outcome.value;
+    this.#recall = cursor === undefined ? undefined : { bucket: this.#recall.bucket, cursor };
     this.#adopt(questions, context);
-    const next = this.#recall.bucket + (cursor === undefined ? this.#options.shards : 0);
-    this.#recall = next < BUCKETS ? { bucket: next, cursor: cursor ?? "" } : undefined;
-    this.#onRecallDue(context);
+    if (cursor === undefined) this.#recallNext(context);
+    else this.#onRecallDue(context);
   }
 
   #armMaintenance(context: Context<OwnMessage>): void {
@@ -940,6 +1013,7 @@ export class CacheActor implements Actor<OwnMessage> {
       this.#purgedAtMs.clear();
       this.#purgedAtMs.set("", context.nowMs);
     }
+    this.#splits?.purge(tenant, context.nowMs);
     for (const flight of this.#flights.values())
       if (tenant === undefined || flight.tenant === tenant) flight.purged = true;
     const purge = { tenant, removed, replyTo };
@@ -1011,13 +1085,16 @@ export class CacheActor implements Actor<OwnMessage> {
       this.#close(key, flight, INTERNAL, context);
     }
     this.#semantic?.sweep(context.nowMs, SWEPT_PER_TIMER);
+    this.#splits?.sweep(context);
+    this.#recallNext(context);
     const holds = this.#entries.size > 0 || this.#flights.size > 0;
-    if (holds || (this.#semantic?.size ?? 0) > 0) this.#armSweep(context);
+    if (holds || !this.#holdsNothing()) this.#armSweep(context);
   }
 
   #describe(): CacheDescription {
     return {
       ...this.#semantic?.describe(),
+      ...this.#splits?.describe(),
       entries: this.#entries.size,
       bytes: this.#entries.bytes,
       bytesMax: this.#entries.bytesMax,

@@ -51,9 +51,15 @@ function bestOf(scores: Float32Array): number {
   return best;
 }
 
+/** Vectors to train on, as an array or read one by one where they lie; one that is gone meanwhile is left out. */
+export type TrainingVectors = {
+  readonly length: number;
+  at(index: number): Float32Array | undefined;
+};
+
 /** Spherical k-means in slices: call `step` until `centroids` is there. The same seed and vectors give the same. */
 export class CentroidTraining {
-  readonly #vectors: readonly Float32Array[];
+  readonly #vectors: TrainingVectors;
   readonly #dimension: number;
   readonly #random: () => number;
   readonly #matrix: Matrix;
@@ -66,15 +72,15 @@ export class CentroidTraining {
 
   /**
    * `vectors` of norm 1, one length, at least as many as centroids and better TRAINING_VECTORS_MIN; read until the
-   * end, not changed. `count` is a multiple of 4. `random` is uniform in [0, 1).
+   * end. `count` is a multiple of 4. `random` is uniform in [0, 1).
    */
   constructor(options: {
-    vectors: readonly Float32Array[];
+    vectors: TrainingVectors;
     random: () => number;
     count?: number;
   }) {
     const { vectors, random, count = CENTROIDS } = options;
-    const [first] = vectors;
+    const first = vectors.at(0);
     assert(first !== undefined && vectors.length >= count, "every centroid begins as a vector");
     this.#vectors = vectors;
     this.#dimension = first.length;
@@ -83,10 +89,10 @@ export class CentroidTraining {
     this.#sums = new Float64Array(count * this.#dimension);
     this.#sizes = new Int32Array(count);
     // The first of a shuffle: different vectors, all equally likely.
-    const places = Int32Array.from(vectors.keys());
+    const places = Int32Array.from({ length: vectors.length }, (_, place) => place);
     for (let cell = 0; cell < count; cell++) {
       const drawn = cell + Math.floor(random() * (places.length - cell));
-      this.#matrix.row(cell).set(vectors[places[drawn] ?? 0] ?? first);
+      this.#matrix.row(cell).set(vectors.at(places[drawn] ?? 0) ?? first);
       places[drawn] = places[cell] ?? 0;
     }
   }
@@ -115,8 +121,9 @@ export class CentroidTraining {
   }
 
   #assign(index: number): void {
-    const vector = this.#vectors[index];
-    assert(vector !== undefined && vector.length === this.#dimension, "vectors are of one length");
+    const vector = this.#vectors.at(index);
+    if (vector === undefined) return;
+    assert(vector.length === this.#dimension, "vectors are of one length");
     this.#matrix.vector.set(vector);
     this.#matrix.multiply();
     const cell = bestOf(this.#matrix.products);
@@ -132,7 +139,7 @@ export class CentroidTraining {
     const start = cell * this.#dimension;
     const sum = new Float32Array(this.#sums.subarray(start, start + this.#dimension));
     if (normaliseInto(this.#matrix.row(cell), sum, this.#dimension) === undefined) return;
-    const drawn = this.#vectors[Math.floor(this.#random() * this.#vectors.length)];
+    const drawn = this.#vectors.at(Math.floor(this.#random() * this.#vectors.length));
     if (drawn !== undefined) this.#matrix.row(cell).set(drawn);
   }
 }

@@ -159,7 +159,10 @@ export function gatewayTree(
       10,
       60_000,
       refs.cacheShards.map((_, shard) =>
-        actor<CacheMessage>(String(shard), () => new CacheActor({ ...cache, shard }, cacheStore)),
+        actor<CacheMessage>(
+          String(shard),
+          () => new CacheActor({ ...cache, shard }, cacheStore, refs.cacheShards),
+        ),
       ),
     ),
     actor<RateLimiterMessage>("limiter", () => new RateLimiterActor(settings.limiter)),

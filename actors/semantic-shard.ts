@@ -17,8 +17,13 @@
  * Memory is bounded in bytes, answers, questions, vectors and indexes included: full, it drops what was used least
  * recently, in whatever scope. Every entry also has an instant after which it is never served, which no hit moves. An
  * entry that was found wrong is gone for good: its id is remembered, so that no copy brings it back.
+ *
+ * A scope may be spread over several shards (scope-split.ts). Each then judges the candidates that it holds, with its
+ * own labels (`candidates`), and one of them concludes from what all have said (`conclude`): the same first of three
+ * that one shard with all entries would have taken. What is learnt over all entries of a tenant stays with the shard
+ * that learnt it: on several shards a band opens later, never earlier.
  */
-import { assert } from "../runtime/actor.ts";
+import { assert, unreachable } from "../runtime/actor.ts";
 import { type JudgeName, sameAnswer } from "./answer-judge.ts";
 import {
   PrecisionSwitch,
@@ -39,7 +44,7 @@ import {
 } from "./match-guards.ts";
 import type { SemanticPolicy, StoredAnswer, StoredQuestion } from "./protocol.ts";
 import { ExactIndex } from "./vector-index.ts";
-import { decide, EntryEvidence, EvidencePool, learn } from "./verified-mode.ts";
+import { decide, EntryEvidence, type EvidenceData, EvidencePool, learn } from "./verified-mode.ts";
 
 export type SemanticOptions = {
   /** Life of an entry, > 0. */
@@ -78,6 +83,36 @@ export type Matched =
   /** Ask the model, and tell the shard (`learn`) what it said instead. */
   | { kind: "explore"; entryId: string; similarity: number; says: string }
   | { kind: "miss"; says: string };
+
+/**
+ * What a shard says of an entry that is similar enough to a question: serve it, with the answer; ask the model and label
+ * it; or neither. Only the first of a shard's candidates that is not blocked can be chosen, and none comes after it.
+ */
+export type Candidate = {
+  entryId: string;
+  similarity: number;
+  ageMs: number;
+  says: string;
+  verdict: { kind: "serve"; answer: StoredAnswer } | { kind: "explore" } | { kind: "blocked" };
+};
+
+/** An entry as it moves to another shard, with what is known of its answers. */
+export type MovedEntry = { question: StoredQuestion; evidence: EvidenceData };
+
+/** What is found out about an entry: another answer to compare its own with, or what a caller says of it. */
+export type Label =
+  | {
+      kind: "answer";
+      similarity: number;
+      answer: StoredAnswer;
+      isShadow: boolean;
+      /** It had been served; else it was passed over. */
+      wasServed: boolean;
+    }
+  | { kind: "feedback"; tenant: string; isRight: boolean };
+
+/** `known`: the entry is here; `right` absent: nobody can tell. */
+export type Labelled = { known: boolean; right?: boolean };
 
 /** The entry that was passed over for the question whose answer is learnt. */
 export type Explored = { entryId: string; similarity: number };
@@ -162,7 +197,7 @@ interface Entry extends LruNode<Entry> {
   readonly storedAtMs: number;
   readonly expiresAtMs: number;
   readonly bytes: number;
-  readonly evidence: EntryEvidence;
+  evidence: EntryEvidence;
   /** Read when it is first a candidate. */
   features: GuardFeatures | undefined;
 }
@@ -175,6 +210,7 @@ type Scope = {
   readonly byText: Map<string, Entry>;
   /** As last counted in the shard's bytes. */
   indexBytes: number;
+  entryBytes: number;
 };
 
 /** What is learnt over all entries of a tenant and model. */
@@ -249,6 +285,10 @@ export class SemanticShard {
     return this.#bytes;
   }
 
+  get bytesMax(): number {
+    return this.#bytesMax;
+  }
+
   /** How often each guard kept a candidate from being served. */
   get guardBlocks(): Readonly<Partial<Record<GuardName, number>>> {
     return this.#guardBlocks;
@@ -257,20 +297,16 @@ export class SemanticShard {
   // ---- matching -------------------------------------------------------------------------------------------
 
   match(question: Question, nowMs: number): Matched {
-    const matched = this.#match(question, nowMs);
-    if (matched.kind === "hit") this.#counts.semanticHits++;
-    else if (matched.kind === "explore") this.#counts.explorations++;
-    else {
-      this.#counts.semanticMisses++;
-      if (question.policy.mode === "shadow") this.#poolOf(question).shadow.miss();
-    }
+    const matched = this.conclude(question, this.candidates(question, nowMs));
+    if (matched.kind !== "miss") this.touch(matched.entryId);
     return matched;
   }
 
-  #match({ scope: name, tenant, model, text, vector, policy }: Question, nowMs: number): Matched {
+  /** What is here for a question: at most three, best first, up to the first that is not blocked. */
+  candidates({ scope: name, tenant, model, text, vector, policy }: Question, nowMs: number) {
     const scope = this.#scopes.get(name);
-    if (scope === undefined) return { kind: "miss", says: "nothing is stored in its scope" };
-    let says = `nothing is as similar as ${policy.similarityMin}`;
+    if (scope === undefined) return [];
+    const candidates: Candidate[] = [];
     let features: GuardFeatures | undefined;
     for (const { id, similarity } of scope.index.search(vector, policy.similarityMin, NEIGHBOURS)) {
       const entry = scope.byId.get(id);
@@ -285,25 +321,44 @@ export class SemanticShard {
       entry.features ??= guardFeatures(entry.text);
       const guards = policy.isStrict ? strictGuards : standardGuards;
       const block = guardAgainst(features, entry.features, guards);
+      const { entryId, answer } = entry;
+      const facts = { entryId, similarity, ageMs: nowMs - entry.storedAtMs };
       if (block !== undefined) {
         this.#guardBlocks[block.guard] = (this.#guardBlocks[block.guard] ?? 0) + 1;
-        says = `guard: ${block.guard}, at similarity ${similarity.toFixed(3)}`;
+        const says = `guard: ${block.guard}, at similarity ${similarity.toFixed(3)}`;
+        candidates.push({ ...facts, says, verdict: { kind: "blocked" } });
         continue;
       }
-      const decided = this.#decide(entry, similarity, policy, this.#poolOf({ tenant, model }));
-      if (decided.kind === "miss") {
-        says = decided.says;
-        continue;
-      }
-      this.#order.touch(entry);
-      const { entryId, answer } = entry;
-      if (decided.kind === "explore") {
-        return { kind: "explore", entryId, similarity, says: decided.says };
-      }
-      const ageMs = nowMs - entry.storedAtMs;
-      return { kind: "hit", entryId, similarity, answer, ageMs, says: decided.says };
+      const { kind, says } = this.#decide(
+        entry,
+        similarity,
+        policy,
+        this.#poolOf({ tenant, model }),
+      );
+      if (kind === "serve") candidates.push({ ...facts, says, verdict: { kind, answer } });
+      else if (kind === "explore") candidates.push({ ...facts, says, verdict: { kind } });
+      else candidates.push({ ...facts, says, verdict: { kind: "blocked" } });
+      if (kind !== "miss") break;
     }
-    return { kind: "miss", says };
+    return candidates;
+  }
+
+  /** The answer to a question for which these candidates, of one shard or several, were found; counts it. */
+  conclude(question: Question, candidates: readonly Candidate[]): Matched {
+    const matched = firstOf(candidates, question.policy.similarityMin);
+    if (matched.kind === "hit") this.#counts.semanticHits++;
+    else if (matched.kind === "explore") this.#counts.explorations++;
+    else {
+      this.#counts.semanticMisses++;
+      if (question.policy.mode === "shadow") this.#poolOf(question).shadow.miss();
+    }
+    return matched;
+  }
+
+  /** It has been used. */
+  touch(entryId: string): void {
+    const entry = this.#entries.get(entryId);
+    if (entry !== undefined) this.#order.touch(entry);
   }
 
   #decide(
@@ -352,46 +407,29 @@ export class SemanticShard {
 
   // ---- learning -------------------------------------------------------------------------------------------
 
-  /**
-   * A question and the model's answer to it. Where an entry was passed over for it, that entry is labelled first; found
-   * right, it stands for this wording too, and nothing is stored.
-   *
-   * The new entry for the shared store, or undefined where none was made.
-   */
-  learn(
-    question: Omit<Question, "policy">,
-    answer: StoredAnswer,
-    explored: Explored | undefined,
-    isShadow: boolean,
-    nowMs: number,
-  ): StoredQuestion | undefined {
-    if (explored !== undefined) {
-      const entry = this.#entries.get(explored.entryId);
-      if (entry !== undefined) {
-        const right = sameAnswer(entry.answer.body, answer.body, this.#options.judge);
-        this.#label(entry, explored.similarity, right, isShadow);
-        if (right === true) return undefined;
-      }
-    }
+  /** A new entry of a question and the model's answer to it, not kept yet. */
+  make(question: Omit<Question, "policy">, answer: StoredAnswer): StoredQuestion {
     const { scope, tenant, model, text, vector } = question;
-    const made: StoredQuestion = {
-      entryId: this.#newId(scope),
-      scope,
-      tenant,
-      model,
-      text,
-      vector,
-      answer,
-      ttlMs: this.#ttlMs,
-      ageMs: 0,
-    };
-    return this.adopt(made, nowMs) ? made : undefined;
+    const entryId = this.#newId(scope);
+    return { entryId, scope, tenant, model, text, vector, answer, ttlMs: this.#ttlMs, ageMs: 0 };
   }
 
-  /** An entry from the shared store, or from another shard. False when it is not taken. */
-  adopt(stored: StoredQuestion, nowMs: number): boolean {
+  /**
+   * Keeps an entry: a new one, or one from the shared store, or from another shard and then with its evidence. False when
+   * it is not taken: expired, found wrong, here already, too large, older than what is here for its wording.
+   */
+  adopt(stored: StoredQuestion, nowMs: number, evidence?: EvidenceData): boolean {
     const { entryId, scope: name, text, vector, answer, ttlMs, ageMs } = stored;
-    if (ttlMs <= 0 || this.#removedIds.has(entryId) || this.#entries.has(entryId)) return false;
+    if (ttlMs <= 0 || this.#removedIds.has(entryId)) return false;
+    const moved = evidence === undefined ? undefined : EntryEvidence.fromData(evidence);
+    const same = this.#entries.get(entryId);
+    if (same !== undefined) {
+      // Labelled where it came from, after it was sent.
+      const { labels, minSimilarity } = same.evidence;
+      if (moved !== undefined && (moved.labels > labels || moved.minSimilarity > minSimilarity))
+        same.evidence = moved;
+      return false;
+    }
     const answerBytes = Math.max(answer.bytes, answer.body.byteLength);
     const bytes = ENTRY_BYTES + 2 * text.length + answerBytes;
     const bytesMost = this.#bytesMax / 8; // So that one never drives out all others.
@@ -422,7 +460,7 @@ export class SemanticShard {
       storedAtMs: nowMs - ageMs,
       expiresAtMs: nowMs + Math.min(ttlMs, this.#ttlMs),
       bytes,
-      evidence: new EntryEvidence(),
+      evidence: moved ?? new EntryEvidence(),
       features: undefined,
       hotter: null,
       colder: null,
@@ -433,28 +471,32 @@ export class SemanticShard {
     this.#entries.set(entryId, entry);
     this.#order.addHottest(entry);
     this.#bytes += bytes;
+    scope.entryBytes += bytes;
     if (before !== undefined) this.#drop(before);
     this.#countIndex(scope);
-    this.#counts.learnt++;
+    if (evidence === undefined) this.#counts.learnt++;
     this.#evict();
     return this.#entries.has(entryId);
   }
 
-  /** A node was asked again where that entry had been served: was it right? Labels only. */
-  judge({ entryId, similarity }: Explored, answer: StoredAnswer): void {
+  /** Judges an entry by another answer to its question, or takes a caller's word; found wrong by a caller, it is gone. */
+  label(entryId: string, label: Label): Labelled {
     const entry = this.#entries.get(entryId);
-    if (entry === undefined) return;
-    const right = sameAnswer(entry.answer.body, answer.body, this.#options.judge);
-    this.#label(entry, similarity, right, false, true);
-  }
-
-  /** A label from outside: a caller's complaint, or praise. False for an id that is not here. */
-  feedback(entryId: string, tenant: string, isRight: boolean): boolean {
-    const entry = this.#entries.get(entryId);
-    if (entry === undefined || entry.tenant !== tenant) return false;
-    this.#label(entry, 1, isRight, false, true);
-    if (!isRight) this.remove(entryId);
-    return true;
+    if (entry === undefined) return { known: false };
+    switch (label.kind) {
+      case "answer": {
+        const right = sameAnswer(entry.answer.body, label.answer.body, this.#options.judge);
+        this.#label(entry, label.similarity, right, label.isShadow, label.wasServed);
+        return right === undefined ? { known: true } : { known: true, right };
+      }
+      case "feedback":
+        if (entry.tenant !== label.tenant) return { known: false };
+        this.#label(entry, 1, label.isRight, false, true);
+        if (!label.isRight) this.remove(entryId);
+        return { known: true, right: label.isRight };
+      default:
+        return unreachable(label);
+    }
   }
 
   /** The scope of an entry that is here. */
@@ -522,6 +564,7 @@ export class SemanticShard {
         byId: new Map(),
         byText: new Map(),
         indexBytes: 0,
+        entryBytes: 0,
       };
       this.#scopes.set(name, scope);
       this.#bytes += SCOPE_BYTES;
@@ -553,6 +596,7 @@ export class SemanticShard {
     this.#entries.delete(entry.entryId);
     this.#order.remove(entry);
     this.#bytes -= entry.bytes;
+    scope.entryBytes -= entry.bytes;
     this.#countIndex(scope);
     this.#forgetIfEmpty(scope);
   }
@@ -610,6 +654,56 @@ export class SemanticShard {
     }
     this.#evict();
     return this.#busy.size > 0;
+  }
+
+  // ---- spreading a scope over shards ------------------------------------------------------------------------
+
+  /** Entries of a scope that are here, and their memory with their index. */
+  sizeOf(name: string): { entries: number; bytes: number } {
+    const scope = this.#scopes.get(name);
+    if (scope === undefined) return { entries: 0, bytes: 0 };
+    return { entries: scope.byId.size, bytes: scope.entryBytes + scope.indexBytes };
+  }
+
+  /** Ids of a scope's entries, oldest first; entries may come and go while it is walked through. */
+  *idsOf(name: string): IterableIterator<string> {
+    for (const { entryId } of this.#scopes.get(name)?.byId.values() ?? []) yield entryId;
+  }
+
+  /** A copy. */
+  vectorOf(entryId: string): Float32Array | undefined {
+    const entry = this.#entries.get(entryId);
+    return entry?.scope.index.vectorOf(entry.id);
+  }
+
+  /** An entry as it moves to another shard; it stays here until it is released. */
+  moved(entryId: string, nowMs: number): MovedEntry | undefined {
+    const entry = this.#entries.get(entryId);
+    const vector = this.vectorOf(entryId);
+    if (entry === undefined || vector === undefined) return undefined;
+    const { scope, tenant, model, text, answer, expiresAtMs, storedAtMs } = entry;
+    const times = { ttlMs: expiresAtMs - nowMs, ageMs: nowMs - storedAtMs };
+    const question = { entryId, scope: scope.name, tenant, model, text, vector, answer, ...times };
+    return { question, evidence: entry.evidence.toData() };
+  }
+
+  /** It is on another shard now. False when it has been labelled since it was sent: then it is to be sent again. */
+  release({ question: { entryId }, evidence }: MovedEntry): boolean {
+    const entry = this.#entries.get(entryId);
+    if (entry === undefined) return true;
+    const { thousandths, labels, minSimilarity } = entry.evidence.toData();
+    const isSame =
+      labels === evidence.labels &&
+      minSimilarity === evidence.minSimilarity &&
+      thousandths.length === evidence.thousandths.length;
+    if (isSame) this.#drop(entry);
+    return isSame;
+  }
+
+  /** Memory that is needed beside the entries, more or (negative) less than before. */
+  reserve(bytes: number): void {
+    this.#bytes += bytes;
+    this.#evict();
   }
 
   // ---- looking --------------------------------------------------------------------------------------------
@@ -686,6 +780,36 @@ export class SemanticShard {
         .padStart(8, "0");
     return `${scope.slice(0, 3)}${part()}${part()}${part()}`;
   }
+}
+
+/**
+ * The first of the best three that may be served or explored. Of two of the same similarity the newer one is better; an
+ * entry that moves may be told of twice, and then what speaks against it counts.
+ */
+function firstOf(candidates: readonly Candidate[], similarityMin: number): Matched {
+  const byId = new Map<string, Candidate>();
+  for (const candidate of candidates) {
+    const other = byId.get(candidate.entryId);
+    if (other === undefined || candidate.verdict.kind === "blocked")
+      byId.set(candidate.entryId, candidate);
+  }
+  const best = [...byId.values()].sort((a, b) => b.similarity - a.similarity || a.ageMs - b.ageMs);
+  for (const { verdict, ...facts } of best.slice(0, NEIGHBOURS)) {
+    switch (verdict.kind) {
+      case "serve":
+        return { kind: "hit", ...facts, answer: verdict.answer };
+      case "explore": {
+        const { entryId, similarity, says } = facts;
+        return { kind: "explore", entryId, similarity, says };
+      }
+      case "blocked":
+        continue;
+      default:
+        return unreachable(verdict);
+    }
+  }
+  const says = best.slice(0, NEIGHBOURS).at(-1)?.says;
+  return { kind: "miss", says: says ?? `nothing is as similar as ${similarityMin}` };
 }
 
 function inspected(entry: Entry, nowMs: number): InspectedEntry {

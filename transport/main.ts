@@ -572,7 +572,9 @@ function fieldsOf({ kind: _, ...fields }: { kind: string }): object {
 function sumOf(shards: readonly CacheDescription[]): CacheDescription {
   const sum: Record<string, number> = {};
   for (const shard of shards) {
-    for (const [name, value] of Object.entries(shard)) sum[name] = (sum[name] ?? 0) + value;
+    for (const [name, value] of Object.entries(shard))
+      if (typeof value === "number") sum[name] = (sum[name] ?? 0) + value;
   }
-  return sum as CacheDescription;
+  const splits = shards.flatMap((shard) => shard.splits ?? []);
+  return { ...sum, ...(splits.length === 0 ? {} : { splits }) } as CacheDescription;
 }

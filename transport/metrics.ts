@@ -217,7 +217,8 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
   }
   if (cache !== undefined) {
     const figures = gauge("cache", "Cache figures by name; counts since the start.", ["figure"]);
-    for (const [figure, value] of Object.entries(cache)) figures.set({ figure }, value);
+    for (const [figure, value] of Object.entries(cache))
+      if (typeof value === "number") figures.set({ figure }, value);
   }
   if (limiter !== undefined) {
     gauge("limiter_reservations", "Reservations not settled yet.").set(limiter.reservations);
