@@ -6,7 +6,9 @@
  * for a model that words its answers anew. `words` wants most words in common (the harmonic mean of the shares of
  * words that each has in the other), and every number: two answers that differ in a figure are different answers.
  */
+/** How answers are compared. */
 export const judgeNames = ["exact", "words"] as const;
+/** One of them. */
 export type JudgeName = (typeof judgeNames)[number];
 
 /** Words in common from which two texts say the same. Between 0.6 and 0.9 few pairs lie; tried on paraphrases. */

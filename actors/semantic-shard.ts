@@ -43,7 +43,7 @@ import {
   strictGuards,
 } from "./match-guards.ts";
 import type { SemanticPolicy, StoredAnswer, StoredQuestion } from "./protocol.ts";
-import { ExactIndex } from "./vector-index.ts";
+import { ExactIndex, type VectorIndex } from "./vector-index.ts";
 import { decide, EntryEvidence, type EvidenceData, EvidencePool, learn } from "./verified-mode.ts";
 
 export type SemanticOptions = {
@@ -56,7 +56,12 @@ export type SemanticOptions = {
   /** Judged precision of a tenant's hits under which they are only judged, in (0, 1). */
   precisionMin: number;
   judge: JudgeName;
+  /** The index of a scope; default: the exact one. */
+  makeIndex?: MakeIndex;
 };
+
+/** Makes an empty index for vectors of that dimension; `random`, uniform in [0, 1), is for its basis. */
+export type MakeIndex = (options: { dimension: number; random: () => number }) => VectorIndex;
 
 /** A question that may have been answered in other words. */
 export type Question = {
@@ -204,7 +209,7 @@ interface Entry extends LruNode<Entry> {
 
 type Scope = {
   readonly name: string;
-  readonly index: ExactIndex;
+  readonly index: VectorIndex;
   readonly byId: Map<number, Entry>;
   /** One entry per wording: the newest answer. */
   readonly byText: Map<string, Entry>;
@@ -240,6 +245,7 @@ const POOLS_MAX = 10_000;
 export class SemanticShard {
   readonly #options: SemanticOptions;
   readonly #random: () => number;
+  readonly #makeIndex: MakeIndex;
   readonly #scopes = new Map<string, Scope>();
   readonly #entries = new Map<string, Entry>();
   readonly #order = new LruList<Entry>();
@@ -272,6 +278,7 @@ export class SemanticShard {
     assert(options.bytesMax > 0, "bytesMax must be positive");
     this.#options = options;
     this.#random = random;
+    this.#makeIndex = options.makeIndex ?? ((wanted) => new ExactIndex(wanted));
     this.#ttlMs = options.ttlMs;
     this.#bytesMax = options.bytesMax;
   }
@@ -560,7 +567,7 @@ export class SemanticShard {
     if (scope === undefined) {
       scope = {
         name,
-        index: new ExactIndex({ dimension, random: this.#random }),
+        index: this.#makeIndex({ dimension, random: this.#random }),
         byId: new Map(),
         byText: new Map(),
         indexBytes: 0,

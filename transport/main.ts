@@ -6,19 +6,26 @@
 import { randomBytes } from "node:crypto";
 import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
 import type { Embedded, EmbedderCommand } from "../actors/edges.ts";
-import { GatewayRefs, gatewayTree, NODES_PATH, nodeSpec } from "../actors/gateway.ts";
+import {
+  GatewayRefs,
+  type GatewaySettings,
+  gatewayTree,
+  NODES_PATH,
+  nodeSpec,
+} from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
 import type { NodeId, SemanticPolicy } from "../actors/protocol.ts";
 import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
 import type { RouterDescription, RouterMessage } from "../actors/router.ts";
 import type { RouterLogEvent } from "../actors/router-log.ts";
-import type { InspectedEntry, JudgedPool } from "../actors/semantic-shard.ts";
+import type { InspectedEntry, JudgedPool, MakeIndex } from "../actors/semantic-shard.ts";
 import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
 import { SystemClock } from "../runtime/clock.ts";
 import { NactScheduler } from "../runtime/nact-scheduler.ts";
 import { Random } from "../runtime/random.ts";
 import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
+import { ApproximateIndex, loadUsearch } from "./approximate-index.ts";
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
 import { type Embedder, openEmbedder } from "./embedder.ts";
@@ -119,7 +126,8 @@ export class Gateway {
     });
     const post = <T>(to: ActorRef<T>, message: T): void => void this.#system.tell(to, message);
     const reply = <R>(to: ReplyTo<R>, value: R): void => this.#system.reply(to, value);
-    const settings = gatewaySettings(options);
+    const exact = gatewaySettings(options);
+    const settings = embedder === undefined ? exact : withUsearch(exact);
     this.#refs = new GatewayRefs((path) => this.#system.ref(path), settings.cacheShards);
     const data = this.#data;
     this.#upstream = new UpstreamEdge(upstreamOptions(options), {
@@ -535,6 +543,15 @@ function frontOptions(options: Options): FrontOptions {
     recordsPrompts: record.file !== undefined && record.prompts,
     ...(policy === undefined ? {} : { semantic: { policy, temperatureMax } }),
   };
+}
+
+/** Scopes that outgrow the exact index get another one beside it, where the optional package is there. */
+function withUsearch(settings: GatewaySettings): GatewaySettings {
+  const { semantic } = settings.cache;
+  const usearch = semantic === undefined ? undefined : loadUsearch();
+  if (semantic === undefined || usearch === undefined) return settings;
+  const makeIndex: MakeIndex = (wanted) => new ApproximateIndex({ usearch, ...wanted });
+  return { ...settings, cache: { ...settings.cache, semantic: { ...semantic, makeIndex } } };
 }
 
 function identityText(embedder: Embedder | undefined): string | undefined {
