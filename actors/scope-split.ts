@@ -95,9 +95,11 @@ export type SplitCommand =
   /** It was found wrong: gone for good, wherever a copy is. */
   | { kind: "cache.bury"; entryId: string };
 
+/** All have moved; or why they will not. */
 export type BucketGiven = { ok: true } | { ok: false; says: string };
 /** `newer`: nothing was taken, the entries may belong elsewhere. */
 export type BucketTaken = { kind: "taken" } | { kind: "newer"; map: SplitMap };
+/** What a shard holds of a scope. */
 export type PartReport = {
   shard: number;
   /** Start of the shard that says so: another one means that it has crashed since. */
@@ -120,6 +122,7 @@ type Taken = {
   outcome: AskOutcome<BucketTaken>;
 };
 type LabelCame = { kind: "cache.label_came"; serial: number; outcome: AskOutcome<Labelled> };
+/** All that `ScopeSplits` is to be given, its own timers and outcomes included. */
 export type SplitMessage = SplitCommand | SplitDue | CandidatesCame | Taken | LabelCame;
 
 export type SplitOptions = {

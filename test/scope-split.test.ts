@@ -10,11 +10,17 @@ import {
   type CacheMessage,
   cacheDefaults,
 } from "../actors/cache.ts";
-import { PROBING_Z } from "../actors/centroids.ts";
+import { CentroidTraining, PROBING_Z } from "../actors/centroids.ts";
 import type { Recalled, StoreCommand } from "../actors/edges.ts";
 import { LexicalEmbedder } from "../actors/lexical-embedder.ts";
 import type { StoredAnswer, StoredQuestion } from "../actors/protocol.ts";
-import { SLICE_ENTRIES, type SplitOptions, splitDefaults } from "../actors/scope-split.ts";
+import {
+  type BucketTaken,
+  SLICE_ENTRIES,
+  type SplitMap,
+  type SplitOptions,
+  splitDefaults,
+} from "../actors/scope-split.ts";
 import type {
   InspectedEntry,
   JudgedPool,
@@ -216,8 +222,8 @@ class Rig {
   }
 
   crash(at: number): void {
-    const message = { kind: "no such message" } as unknown as CacheMessage;
-    this.tell(this.shard(at), message);
+    const anything: ActorRef<{ kind: string }> = { path: this.shard(at).path, uid: 0 };
+    this.world.system.tell(anything, { kind: "no such message" });
     this.world.scheduler.runReady();
   }
 
@@ -539,6 +545,50 @@ describe("what is found out about an entry of a spread scope", () => {
   });
 });
 
+describe("a shard that holds entries of a scope", () => {
+  it("takes none by an older map than its own, and says which is newer", async () => {
+    const rig = new Rig();
+    const all = questions(64);
+    const random = new Random(1);
+    const training = new CentroidTraining({
+      vectors: all.map(({ vector }) => vector),
+      random: () => random.next(),
+      count: 8,
+    });
+    while (training.centroids === undefined) training.step();
+    const { centroids } = training;
+    const mapOf = (epoch: number, owner: number) => ({
+      scope: SCOPE,
+      epoch,
+      centroids,
+      owners: Array.from({ length: 8 }, () => owner),
+    });
+    const take = (map: SplitMap, at: number) => {
+      const { text, vector } = all[at] ?? { text: "", vector: new Float32Array(16) };
+      const facts = { entryId: `002${at}`, scope: SCOPE, tenant: "t", model: "m", text, vector };
+      const question = { ...facts, answer: answerOf(text), ttlMs: 1e6, ageMs: 1 };
+      const evidence = { thousandths: [], labels: "", minSimilarity: 0 };
+      return rig.ask<BucketTaken>(rig.shard(1), (replyTo) => ({
+        kind: "cache.take_bucket",
+        map,
+        entries: [{ question, evidence }],
+        replyTo,
+      }));
+    };
+    expect(await take(mapOf(5, 1), 0)).toEqual({ kind: "taken" });
+    const [older, newer] = [mapOf(4, 1), mapOf(6, 1)];
+    expect(await take(older, 1)).toMatchObject({ kind: "newer", map: { epoch: 5 } });
+    expect((await rig.describe(1)).questions).toBe(1);
+    expect(await take(newer, 1)).toEqual({ kind: "taken" });
+    expect(await take(newer, 1)).toEqual({ kind: "taken" }); // Sent again: not doubled.
+    expect((await rig.describe(1)).questions).toBe(2);
+    // By a map that gives all to another, it sends them there.
+    rig.tell(rig.shard(1), { kind: "cache.map", map: mapOf(7, 3) });
+    rig.run(200);
+    expect((await rig.entries()).map(({ shard }) => shard)).toEqual([3, 3]);
+  });
+});
+
 describe("matches while entries move", () => {
   type Step =
     | { kind: "learn" }
@@ -701,6 +751,45 @@ describe("matches while entries move", () => {
   }, 120_000);
 });
 
+describe("matches every millisecond while buckets go to and fro", () => {
+  it.each([0, 3, 7])("hit every entry, though mail takes up to %i ms", async (delayMsMax) => {
+    for (let seed = 1; seed <= 12; seed++) {
+      const random = new Random(seed);
+      const rig = new Rig({ seed, delayMsMax });
+      const all = questions(400, seed);
+      for (const { text, vector } of all) rig.learn(text, vector);
+      while (((await rig.describe(2)).splitScopes ?? 0) === 0) rig.run(5);
+      const open: { asked: Promise<AskOutcome<Matched>>; atMs: number }[] = [];
+      for (let ms = 0; ms < 500; ms++) {
+        rig.run(1);
+        if (random.int(12) === 0) {
+          const buckets = Array.from({ length: 8 }, () => random.int(16));
+          const give = { kind: "cache.give_bucket" as const, scope: SCOPE, buckets };
+          void rig.start(rig.home, (replyTo) => ({ ...give, to: random.int(4), replyTo }));
+        }
+        for (let each = 0; each < 4; each++) {
+          const { vector } = all[random.int(all.length)] ?? { vector: new Float32Array(16) };
+          open.push({ asked: rig.startMatch(questionOf("what about q", vector)), atMs: ms });
+        }
+      }
+      rig.run(100);
+      for (const { asked, atMs } of open) {
+        const outcome = await asked;
+        const at = { seed, atMs };
+        expect({ ...at, ...outcome }).toMatchObject({
+          ...at,
+          value: { kind: "hit", similarity: 1 },
+        });
+      }
+      await rig.settle();
+      const texts = (await rig.entries()).map(({ question }) => question).sort();
+      expect(texts).toEqual(all.map(({ text }) => text).sort());
+      const probes = await rig.describe(2);
+      expect(probes.probesLate).toBe(0);
+    }
+  });
+});
+
 describe("crashes", () => {
   it("of an owner lose its part and nothing else; the store gives it back", async () => {
     for (const store of [undefined, new MemoryStore()]) {
@@ -799,11 +888,9 @@ describe("probing", () => {
     const embedder = new LexicalEmbedder();
     const chosen = shuffled(pairs.filter((_, at) => at % 3 === 0));
     const stored = chosen.map(({ a }) => ({ text: a, vector: embedder.embed(a) }));
-    const queries = chosen
-      .filter((_, at) => at % 2 === 0)
-      .map(({ b }) => ({ text: b, vector: embedder.embed(b) }));
+    const queries = chosen.map(({ b }) => ({ text: b, vector: embedder.embed(b) }));
     const hitsOf = async (shards: number, askAllUpTo: number) => {
-      const split = { ...splitDefaults, entriesMax: 6000, askAllUpTo };
+      const split = { ...splitDefaults, entriesMax: 10_000, askAllUpTo };
       const rig = new Rig({ shards, split, semantic: { bytesMax: 1e9 } });
       for (const { text, vector } of stored) rig.learn(text, vector);
       if (shards > 1) await rig.settle(600_000);
@@ -817,16 +904,17 @@ describe("probing", () => {
     const total = wanted.filter((isHit) => isHit).length;
     expect(total).toBeGreaterThan(150);
     const rows: string[] = [];
-    for (const [shards, askAllUpTo] of [
-      [4, 0],
-      [4, 4],
-      [8, 4],
+    // Of all 38,802 questions, with the default bound of 25,000: .9967 asking 2.05 of 4, .9956 asking 2.68 of 8.
+    for (const [shards, askAllUpTo, recallMin, askedMax] of [
+      [4, 0, 0.995, 2.2],
+      [4, 4, 1, 4],
+      [8, 4, 0.994, 3],
     ] as const) {
       const { hits, asked } = await hitsOf(shards, askAllUpTo);
       const found = hits.filter((isHit, at) => isHit && wanted[at]).length;
       rows.push(`${shards} shards, all up to ${askAllUpTo}: ${found} of ${total}, ${asked} asked`);
-      expect(found / total).toBeGreaterThanOrEqual(askAllUpTo >= shards ? 1 : 0.995);
-      expect(asked).toBeLessThanOrEqual(askAllUpTo >= shards ? 4 : shards === 4 ? 2.2 : 3.8);
+      expect(found / total).toBeGreaterThanOrEqual(recallMin);
+      expect(asked).toBeLessThanOrEqual(askedMax);
     }
     console.log([source, ...rows].join("\n"));
   }, 300_000);
