@@ -11,6 +11,7 @@ import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
 import type {
   EmbedderCommand,
   ScraperCommand,
+  StoreCommand,
   UpstreamCommand,
   UpstreamEvent,
 } from "../actors/edges.ts";
@@ -25,7 +26,13 @@ import { SimScheduler } from "../runtime/sim-scheduler.ts";
 import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import { readOptions } from "../transport/config.ts";
 import { Answer, DataPlane } from "../transport/data-plane.ts";
-import { type Exchange, Front, type FrontOptions, type Sink } from "../transport/front.ts";
+import {
+  type Exchange,
+  Front,
+  type FrontOptions,
+  type Incoming,
+  type Sink,
+} from "../transport/front.ts";
 import { KeyTable } from "../transport/keys.ts";
 import type { OptionsInput } from "../transport/options.ts";
 import { gatewaySettings } from "../transport/settings.ts";
@@ -103,6 +110,7 @@ export type FrontWorldOptions = {
   options?: Partial<OptionsInput>;
   models?: readonly string[];
   embedder?: () => Actor<EmbedderCommand>;
+  store?: () => Actor<StoreCommand>;
   seed?: number;
 };
 
@@ -119,12 +127,25 @@ export class LexicalModel implements Actor<EmbedderCommand> {
   }
 }
 
-/** Never answers. */
-export class SilentEmbedder implements Actor<EmbedderCommand> {
-  asked = 0;
+type Late = { kind: "model.late"; command: Extract<EmbedderCommand, { kind: "embedder.embed" }> };
 
-  receive(): void {
+/** Answers after `afterMs`, or (infinite) never. */
+export class LateEmbedder implements Actor<EmbedderCommand | Late> {
+  asked = 0;
+  readonly #afterMs: number;
+  readonly #inner = new LexicalModel();
+
+  constructor(afterMs: number) {
+    this.#afterMs = afterMs;
+  }
+
+  receive(message: EmbedderCommand | Late, context: Context<EmbedderCommand | Late>): void {
+    if (message.kind === "model.late") return this.#inner.receive(message.command, context);
+    if (message.kind !== "embedder.embed") return;
     this.asked++;
+    if (this.#afterMs === Number.POSITIVE_INFINITY) return;
+    const late: Late = { kind: "model.late", command: message };
+    context.startTimer(`${this.asked}`, this.#afterMs, late);
   }
 }
 
@@ -185,6 +206,7 @@ export class FrontWorld {
       upstream: () => new ModelUpstream(this),
       scraper: () => new ModelScraper(world.models ?? [MODEL]),
       embedder: world.embedder ?? (() => new LexicalModel()),
+      ...(world.store === undefined ? {} : { store: world.store }),
     });
     this.system.start(tree, {
       onEvent: (event) => this.#onEvent(event),
@@ -206,7 +228,11 @@ export class FrontWorld {
   }
 
   /** Sends a chat request; its answer comes while time runs. */
-  chat(body: object, headers: Readonly<Record<string, string>> = {}): Reply {
+  chat(
+    body: object,
+    headers: Readonly<Record<string, string>> = {},
+    own: Pick<Incoming, "as" | "vector"> = {},
+  ): Reply {
     const reply = new Reply(`reply ${this.#replies++}`);
     reply.exchange = this.front.submit(
       {
@@ -215,6 +241,7 @@ export class FrontWorld {
         query: "",
         header: (name) => headers[name],
         body: Buffer.from(JSON.stringify(body)),
+        ...own,
       },
       reply,
     );
