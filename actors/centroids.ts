@@ -89,7 +89,8 @@ export class CentroidTraining {
     this.#sums = new Float64Array(count * this.#dimension);
     this.#sizes = new Int32Array(count);
     // The first of a shuffle: different vectors, all equally likely.
-    const places = Int32Array.from({ length: vectors.length }, (_, place) => place);
+    const places = new Int32Array(vectors.length);
+    for (let place = 0; place < places.length; place++) places[place] = place;
     for (let cell = 0; cell < count; cell++) {
       const drawn = cell + Math.floor(random() * (places.length - cell));
       this.#matrix.row(cell).set(vectors.at(places[drawn] ?? 0) ?? first);

@@ -189,7 +189,13 @@ export type SplitEvent = {
 
 /** At home, a scope that is not whole. */
 type Home = Training | Spread;
-type Training = { readonly state: "training"; readonly training: CentroidTraining; bytes: number };
+type Training = {
+  readonly state: "training";
+  /** Absent until the first slice. */
+  training: CentroidTraining | undefined;
+  readonly count: number;
+  readonly bytes: number;
+};
 type Spread = {
   readonly state: "spread";
   readonly map: SplitMap;
@@ -622,13 +628,8 @@ export class ScopeSplits {
       this.#counts.splitOverflows++;
       return;
     }
-    const training = new CentroidTraining({
-      vectors: this.#sample(scope, entries),
-      random: this.#random,
-      count,
-    });
     const reserved = trainingBytes(count, vector.length);
-    this.#homes.set(scope, { state: "training", training, bytes: reserved });
+    this.#homes.set(scope, { state: "training", training: undefined, count, bytes: reserved });
     this.#semantic.reserve(reserved);
     this.#work.add(scope);
     this.#arm(context);
@@ -641,10 +642,32 @@ export class ScopeSplits {
     return count - (count % 4);
   }
 
-  /** Vectors of a scope, read where they lie. */
-  #sample(scope: string, entries: number) {
+  /** One slice of training; its last one spreads the scope. */
+  #train(scope: string, home: Training, context: Context<SplitMessage>): void {
+    if (home.training === undefined) {
+      const vectors = this.#sample(scope);
+      if (vectors.length >= home.count) {
+        const { count } = home;
+        home.training = new CentroidTraining({ vectors, random: this.#random, count });
+        return;
+      }
+      this.#homes.delete(scope); // Purged meanwhile.
+      this.#work.delete(scope);
+      return this.#semantic.reserve(-home.bytes);
+    }
+    home.training.step();
+    const { centroids } = home.training;
+    if (centroids === undefined) return;
+    const owners = Array.from({ length: centroids.count }, (_, bucket) =>
+      firstOwner(scope, bucket, this.#shards.length),
+    );
+    this.#see({ scope, epoch: 1, centroids, owners }, context);
+  }
+
+  /** Vectors of a scope, evenly over the time they came in, read where they lie. */
+  #sample(scope: string) {
     const ids = [...this.#semantic.idsOf(scope)];
-    const length = Math.min(entries, TRAINING_VECTORS_MAX);
+    const length = Math.min(ids.length, TRAINING_VECTORS_MAX);
     const vectorAt = (index: number): Float32Array | undefined => {
       const id = ids[Math.floor((index * ids.length) / length)];
       return id === undefined ? undefined : this.#semantic.vectorOf(id);
@@ -768,13 +791,8 @@ export class ScopeSplits {
   #slice(scope: string, context: Context<SplitMessage>): boolean {
     const home = this.#homes.get(scope);
     if (home?.state === "training") {
-      home.training.step();
-      const { centroids } = home.training;
-      if (centroids === undefined) return true;
-      const owners = Array.from({ length: centroids.count }, (_, bucket) =>
-        firstOwner(scope, bucket, this.#shards.length),
-      );
-      this.#see({ scope, epoch: 1, centroids, owners }, context);
+      this.#train(scope, home, context);
+      return this.#homes.has(scope);
     }
     const part = this.#parts.get(scope);
     if (part?.pass === undefined) return false;
