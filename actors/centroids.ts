@@ -98,6 +98,11 @@ export class CentroidTraining {
     }
   }
 
+  /** Vectors in each cell, as of the last round: about what its bucket will hold. */
+  get sizes(): ArrayLike<number> {
+    return this.#sizes;
+  }
+
   /** Present when there is nothing left to do. */
   get centroids(): Centroids | undefined {
     return this.#centroids;
@@ -114,11 +119,14 @@ export class CentroidTraining {
       return;
     }
     for (let cell = 0; cell < this.#sizes.length; cell++) this.#move(cell);
+    this.#round++;
+    if (this.#round === ROUNDS) {
+      this.#centroids = new Centroids(this.#matrix, this.#dimension);
+      return;
+    }
     this.#sums.fill(0);
     this.#sizes.fill(0);
     this.#assigned = 0;
-    this.#round++;
-    if (this.#round === ROUNDS) this.#centroids = new Centroids(this.#matrix, this.#dimension);
   }
 
   #assign(index: number): void {
