@@ -159,8 +159,8 @@ export class Centroids {
   readonly version: string;
   readonly #dimension: number;
   readonly #matrix: Matrix;
-  /** count × count: |C_i − C_j|. */
-  readonly #distances: Float32Array;
+  /** Of each centroid to all, |C_i − C_j|, once it was needed: all at once would take 10 ms. */
+  readonly #distances: (Float32Array | undefined)[];
 
   /** Takes over `matrix`: rows of norm 1, of which the first `dimension` numbers count. */
   constructor(matrix: Matrix, dimension: number) {
@@ -168,24 +168,16 @@ export class Centroids {
     this.#matrix = matrix;
     this.#dimension = dimension;
     this.version = `k${matrix.rows}-d${dimension}-${fingerprint(matrix.values)}`;
-    this.#distances = new Float32Array(matrix.rows * matrix.rows);
-    for (let cell = 0; cell < matrix.rows; cell++) {
-      matrix.vector.set(matrix.row(cell));
-      matrix.multiply();
-      for (const [other, product] of matrix.products.entries()) {
-        const squared = Math.max(DISTANCE_SQUARED_MIN, 2 - 2 * product);
-        this.#distances[cell * matrix.rows + other] = Math.sqrt(squared);
-      }
-    }
+    this.#distances = new Array(matrix.rows).fill(undefined);
   }
 
   get count(): number {
     return this.#matrix.rows;
   }
 
-  /** Memory, all of it. */
+  /** Memory, all of it, once every distance was needed. */
   get bytes(): number {
-    return this.#matrix.bytes + this.#distances.byteLength;
+    return this.#matrix.bytes + this.count * this.count * 4;
   }
 
   /** A copy of the centroids, one behind the other: what `restoreCentroids` takes. */
@@ -208,15 +200,16 @@ export class Centroids {
    */
   probed(query: Float32Array, threshold: number, z: number): number[] {
     if (!this.#score(query)) return [];
-    const scores = this.#matrix.products;
+    const scores = this.#matrix.products.slice();
     const own = bestOf(scores);
+    const distances = this.#distancesOf(own);
     const ownScore = scores[own] ?? 0;
     const margin =
       (z * Math.sqrt(Math.max(0, 1 - threshold * threshold))) / Math.sqrt(this.#dimension);
     const near: { bucket: number; away: number }[] = [];
     for (const [bucket, score] of scores.entries()) {
       if (bucket === own) continue;
-      const away = (ownScore - score) / (this.#distances[own * scores.length + bucket] ?? 1);
+      const away = (ownScore - score) / (distances[bucket] ?? 1);
       if (away < margin) near.push({ bucket, away });
     }
     near.sort((a, b) => a.away - b.away || a.bucket - b.bucket);
@@ -274,6 +267,19 @@ export class Centroids {
       }
     }
     return placed;
+  }
+
+  /** Overwrites the matrix's products. */
+  #distancesOf(bucket: number): Float32Array {
+    const known = this.#distances[bucket];
+    if (known !== undefined) return known;
+    this.#matrix.vector.set(this.#matrix.row(bucket));
+    this.#matrix.multiply();
+    const distances = this.#matrix.products.map((product) =>
+      Math.sqrt(Math.max(DISTANCE_SQUARED_MIN, 2 - 2 * product)),
+    );
+    this.#distances[bucket] = distances;
+    return distances;
   }
 
   /** Scores of all centroids into the matrix's products; false when the vector has none. */

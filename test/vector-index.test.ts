@@ -199,7 +199,7 @@ describe("the exact index", () => {
           expect(cosine(kept ?? vector.map(() => 1), vector)).toBeCloseTo(1, 5);
         }
       }),
-      { numRuns: 60 },
+      { numRuns: 40 },
     );
   });
 
