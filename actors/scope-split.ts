@@ -992,12 +992,3 @@ function heldBytes(home: Home | undefined): number {
   if (home === undefined) return 0;
   return home.state === "training" ? home.bytes : home.map.centroids.bytes;
 }
-
-/** Shard of a bucket: one of 4096 places by hash (FNV-1a), as for keys and scopes. */
-function firstOwner(scope: string, bucket: number, shards: number): number {
-  let hash = 0x811c9dc5;
-  for (const character of `${scope}/${bucket}`)
-    hash = Math.imul(hash ^ character.charCodeAt(0), 0x01000193);
-  hash = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
-  return ((hash ^ (hash >>> 13)) & 4095) % shards;
-}

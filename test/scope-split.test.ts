@@ -882,15 +882,15 @@ describe("probing", () => {
     expect(splits[0]?.z).toBeGreaterThan(PROBING_Z);
   });
 
-  it("on question text keeps 99.5 % of the hits of one shard, asking 2.2 of 4; asking all, every one", async () => {
+  it("on question text keeps 99.5 % of the hits of one shard, asking 2.2 of 4 shards (and 99 % of 8, asking 3.4)", async () => {
     if (!hasRealQuestions) console.log("no paraphrase data beside the repository: generated text");
     const { pairs, source } = hasRealQuestions ? realQuestions() : generatedQuestions(8000);
     const embedder = new LexicalEmbedder();
-    const chosen = shuffled(pairs.filter((_, at) => at % 3 === 0));
+    const chosen = shuffled(pairs.filter((_, at) => at % 4 === 0));
     const stored = chosen.map(({ a }) => ({ text: a, vector: embedder.embed(a) }));
     const queries = chosen.map(({ b }) => ({ text: b, vector: embedder.embed(b) }));
     const hitsOf = async (shards: number, askAllUpTo: number) => {
-      const split = { ...splitDefaults, entriesMax: 10_000, askAllUpTo };
+      const split = { ...splitDefaults, entriesMax: 8000, askAllUpTo };
       const rig = new Rig({ shards, split, semantic: { bytesMax: 1e9 } });
       for (const { text, vector } of stored) rig.learn(text, vector);
       if (shards > 1) await rig.settle(600_000);
@@ -904,11 +904,9 @@ describe("probing", () => {
     const total = wanted.filter((isHit) => isHit).length;
     expect(total).toBeGreaterThan(150);
     const rows: string[] = [];
-    // Of all 38,802 questions, with the default bound of 25,000: .9967 asking 2.03 of 4, .9962 asking 2.79 of 8.
     for (const [shards, askAllUpTo, recallMin, askedMax] of [
       [4, 0, 0.995, 2.2],
-      [4, 4, 1, 4],
-      [8, 4, 0.995, 3],
+      [8, 4, 0.99, 3.4],
     ] as const) {
       const { hits, asked } = await hitsOf(shards, askAllUpTo);
       const found = hits.filter((isHit, at) => isHit && wanted[at]).length;
