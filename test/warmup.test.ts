@@ -7,6 +7,7 @@ import { createServer, type ServerResponse } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, it } from "vitest";
+import { LexicalEmbedder } from "../actors/lexical-embedder.ts";
 import type { OptionsInput } from "../transport/options.ts";
 import { type WarmupReport, warmUp } from "../transport/warmup.ts";
 import { type LiveWorld, MODEL, startLiveWorld, until } from "./live-world.ts";
@@ -314,5 +315,158 @@ describe("warm-up", () => {
     const { done, filled, failures } = (await report) ?? { done: 0, filled: 0, failures: [] };
     expect({ done, filled, failed: failures.length }).toEqual({ done: 2, filled: 0, failed: 2 });
     expect(node.questions).toHaveLength(2);
+  });
+});
+
+/** An endpoint that knows words, as the built-in embedder does, and begins to answer when the test says so. */
+class PatientEmbedder {
+  readonly batches: (readonly string[])[] = [];
+  url = "";
+  readonly #embedder = new LexicalEmbedder(64);
+  readonly #held: (() => void)[] = [];
+  #answers = false;
+  readonly #server = createServer((request, response) => {
+    let text = "";
+    request.setEncoding("utf8").on("data", (part: string) => {
+      text += part;
+    });
+    request.on("end", () => {
+      const { input } = JSON.parse(text) as { input: string[] };
+      const answer = (): void => {
+        this.batches.push(input);
+        const data = input.map((one) => ({ embedding: [...this.#embedder.embed(one)] }));
+        sendJson(response, 200, { model: "words", data });
+      };
+      if (this.#answers) answer();
+      else this.#held.push(answer);
+    });
+  });
+
+  async start(): Promise<void> {
+    await new Promise<void>((resolve) => this.#server.listen(0, "127.0.0.1", resolve));
+    const address = this.#server.address();
+    if (address === null || typeof address === "string") throw new Error("it has no port");
+    this.url = `http://127.0.0.1:${address.port}`;
+    ends.push(() => this.close());
+  }
+
+  answer(): void {
+    this.#answers = true;
+    for (const answer of this.#held.splice(0)) answer();
+  }
+
+  close(): Promise<unknown> {
+    this.#server.closeAllConnections();
+    return new Promise((resolve) => this.#server.close(resolve));
+  }
+}
+
+describe("warm-up: by meaning", () => {
+  type Semantic = NonNullable<NonNullable<OptionsInput["cache"]>["semantic"]>;
+  const matching = (semantic: Semantic = {}): Partial<OptionsInput> => ({
+    cache: {
+      semantic: {
+        matchMs: 5000,
+        judgeRatio: 1,
+        embedder: { type: "lexical", timeoutMs: 5000 },
+        ...semantic,
+      },
+    },
+  });
+
+  it("200 prompts, at most 5 in flight at the node; other wordings of each hit afterwards", async () => {
+    const prompts = Array.from(
+      { length: 200 },
+      (_, at) => `Tell of topic${at} and matter${at * 7}`,
+    );
+    const { node, world } = await start({ file: promptsFile(prompts) }, matching());
+    const report = world.server.warmUp(noProgress);
+    for (let answered = 0; answered < 200; answered++) {
+      const open = Math.min(5, 200 - answered);
+      await until("the places are filled", () => node.open.length === open);
+      node.answer();
+    }
+    expect(await report).toEqual({ done: 200, filled: 200, present: 0, failures: [] });
+    expect(node.openMost).toBe(5);
+    expect(node.bodies).toHaveLength(200);
+    const { embedder } = await world.gateway.state();
+    expect(embedder?.vectors).toBe(200);
+    expect(embedder?.batches).toBeLessThan(50); // In batches of up to 8.
+    const again = await world.server.warmUp(noProgress);
+    expect(again).toMatchObject({ filled: 0, present: 200 });
+    expect(node.bodies).toHaveLength(200);
+    for (const at of [0, 77, 199]) {
+      const reply = await world.chat(`tell of topic${at} and matter${at * 7}!`);
+      expect(reply.cache).toMatch(/^hit-semantic/);
+    }
+  });
+
+  it("a prompt that another one's answer would be served for is skipped, and not judged either", async () => {
+    const file = promptsFile([
+      "How do I reset the password?",
+      "how do i reset the password",
+      "Who are you?",
+    ]);
+    const { node, world } = await start({ file, inflightMax: 1 }, matching());
+    node.answerAll();
+    expect(await world.server.warmUp(noProgress)).toMatchObject({ done: 3, filled: 2, present: 1 });
+    await world.idle();
+    expect(node.questions).toEqual(["How do I reset the password?", "Who are you?"]);
+  });
+
+  it("where nobody would be served it, in shadow mode, the node is asked", async () => {
+    const file = promptsFile(["How do I reset the password?", "how do i reset the password"]);
+    const { node, world } = await start({ file, inflightMax: 1 }, matching({ mode: "shadow" }));
+    node.answerAll();
+    expect(await world.server.warmUp(noProgress)).toMatchObject({ done: 2, filled: 2 });
+    expect(node.bodies).toHaveLength(2);
+  });
+
+  it("waits for an embedder that is starting, and has it embed in batches", async () => {
+    const embedder = new PatientEmbedder();
+    await embedder.start();
+    const prompts = Array.from({ length: 20 }, (_, at) => `Tell of topic${at}`);
+    const { node, world } = await start(
+      {
+        file: promptsFile([
+          ...prompts,
+          JSON.stringify({ messages: [{ role: "user", content: "Tell of JSON" }] }),
+        ]),
+      },
+      matching({ embedder: { type: "http", url: embedder.url, model: "words", timeoutMs: 5000 } }),
+    );
+    node.answerAll();
+    const report = world.server.warmUp(noProgress);
+    expect((await world.gateway.state()).embedder?.state).toBe("starting");
+    expect(node.bodies).toHaveLength(0);
+    embedder.answer();
+    expect(await report).toMatchObject({ done: 21, filled: 21 });
+    const own = embedder.batches.filter((texts) =>
+      texts.some((text) => text.startsWith("Tell of")),
+    );
+    expect(own.map((texts) => texts.length)).toEqual([8, 8, 5]);
+    expect((await world.chat("tell of JSON!")).cache).toMatch(/^hit-semantic/);
+  });
+
+  it("goes on without vectors where the embedder cannot be had", async () => {
+    const { node, world } = await start(
+      { file: promptsFile(count(10)) },
+      matching({ embedder: { type: "http", url: "http://127.0.0.1:9", model: "words" } }),
+    );
+    node.answerAll();
+    expect(await world.server.warmUp(noProgress)).toMatchObject({ done: 10, filled: 10 });
+  });
+
+  it("ends also while it waits for an embedder", async () => {
+    const embedder = new PatientEmbedder();
+    await embedder.start();
+    const { node, world } = await start(
+      { file: promptsFile(count(10)) },
+      matching({ embedder: { type: "http", url: embedder.url, model: "words" } }),
+    );
+    const report = world.server.warmUp(noProgress);
+    await world.close();
+    expect(await report).toMatchObject({ done: 0 });
+    expect(node.bodies).toHaveLength(0);
   });
 });
