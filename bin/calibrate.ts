@@ -7,15 +7,18 @@
 import { readFileSync } from "node:fs";
 import { Command } from "commander";
 import { type Calibration, type CalibrationOptions, calibrate } from "../sim/calibrate.ts";
-import { formatCalibration } from "../sim/calibration-report.ts";
+import { formatCalibration, formatErrors } from "../sim/calibration-report.ts";
 import { formatLaw, LawError, loadLaw } from "../sim/law-file.ts";
-import { CalibrationError, parseRequestLog } from "../sim/request-log.ts";
+import type { StepLaw } from "../sim/laws.ts";
+import { errorTable, replayLog } from "../sim/log-replay.ts";
+import { CalibrationError, parseRequestLog, type RequestLog } from "../sim/request-log.ts";
 import { endWithTwo, FlagError, fileProblem, numberOf, writeFlagFile } from "./flag-values.ts";
 
 type Flags = {
   log: string;
   node?: string;
   base?: string;
+  check?: boolean;
   out?: string;
   name?: string;
   maxNumSeqs?: string;
@@ -36,6 +39,7 @@ export function calibrateCommand(): Command {
     )
     .option("--node <name>", "of a recording of several nodes, the one to calibrate")
     .option("--base <law>", "shipped law or law file: fit its overhead per step only (else all)")
+    .option("--check", "fit nothing: how far is --base off on this log?")
     .option("--out <file>", "write the law there")
     .option("--name <text>", "name of the law (default: <base>+log, or calibrated)")
     .option("--max-num-seqs <count>", "the engine's own (default: the base's, else from the log)")
@@ -51,6 +55,7 @@ function run(flags: Flags, command: Command): void {
   try {
     const options = optionsOf(flags);
     const log = parseRequestLog(readText(flags.log), flags.log, flags.node);
+    if (flags.check === true) return check(log, options.base, flags.json === true);
     const calibration = calibrate(log, options);
     if (process.stderr.isTTY) process.stderr.write("\r\u001b[K");
     if (flags.out !== undefined) writeFlagFile("--out", flags.out, formatLaw(calibration.law));
@@ -63,6 +68,17 @@ function run(flags: Flags, command: Command): void {
     if (!isInput) throw error;
     command.error(`headrace calibrate: ${error.message}`, { exitCode: 2 });
   }
+}
+
+function check({ requests }: RequestLog, law: StepLaw | undefined, isJson: boolean): void {
+  if (law === undefined) throw new FlagError("--check needs --base: the law that is checked");
+  const replay = replayLog(requests, law);
+  const errors = errorTable(requests, replay, 0, requests.length);
+  process.stdout.write(
+    isJson
+      ? `${JSON.stringify({ law: law.name, errors }, null, 2)}\n`
+      : formatErrors(law.name, errors),
+  );
 }
 
 function optionsOf(flags: Flags): CalibrationOptions {

@@ -38,7 +38,12 @@ export function formatCalibration(calibration: Calibration): string {
   return `${lines.join("\n")}\n`;
 }
 
-const LABEL_WIDTH = 38;
+/** A law's errors on a log that it was not fitted to, with its last line break. */
+export function formatErrors(law: string, errors: ErrorTable): string {
+  return `${tableLines(`error of ${law}`, errors).join("\n")}\n`;
+}
+
+const LABEL_WIDTH = 52;
 
 function tableLines(title: string, table: ErrorTable): string[] {
   const head = `${title} (${table.compared} requests)`.padEnd(LABEL_WIDTH);

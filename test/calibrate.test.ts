@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { Random } from "../runtime/random.ts";
 import { type Calibration, type CalibrationOptions, calibrate } from "../sim/calibrate.ts";
-import { formatCalibration } from "../sim/calibration-report.ts";
+import { formatCalibration, formatErrors } from "../sim/calibration-report.ts";
 import { formatLaw, LawError, loadLaw, parseLaw } from "../sim/law-file.ts";
 import { lawByName, lawNames, type StepLaw } from "../sim/laws.ts";
 import { leastSquares } from "../sim/least-squares.ts";
@@ -165,6 +165,18 @@ describe("calibrate: known laws", () => {
     expect(calibration.holdOut).toBeUndefined();
     expect(calibration.law.validated).toBe(false);
     expect(formatCalibration(calibration)).toMatch(/NOT VALIDATED.*not checked on others/);
+  });
+});
+
+describe("calibrate: checking a law", () => {
+  it("the law that made a log has no error on it, another one has, and the text says both", () => {
+    const log = logOf(h100, poisson(200, 6, "check"));
+    expect(worstMean(onAnother(h100, log))).toBe(0);
+    const slower = onAnother({ ...h100, h: 3000 }, log);
+    expect(slower.tpot.mean.error).toBeGreaterThan(0.05);
+    const text = formatErrors("slower", slower);
+    expect(text).toMatch(/^error of slower \(200 requests\) +mean +p50 +p90 +p95 +p99$/m);
+    expect(text).toContain(`+${(slower.tpot.mean.error * 100).toFixed(1)} %`);
   });
 });
 
