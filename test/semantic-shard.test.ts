@@ -7,7 +7,7 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { PrecisionSwitch } from "../actors/judged-precision.ts";
 import { guardAgainst, guardFeatures } from "../actors/match-guards.ts";
-import type { SemanticPolicy, StoredAnswer } from "../actors/protocol.ts";
+import type { SemanticPolicy, StoredAnswer, StoredQuestion } from "../actors/protocol.ts";
 import {
   type Explored,
   type Matched,
@@ -65,6 +65,32 @@ function questionOf(text: string, degrees: number, policy: SemanticPolicy = fixe
 
 const none = undefined;
 
+/** What a home does with a question that a node has answered: the entry passed over is labelled; if wrong, a new one. */
+function learnIn(
+  shard: SemanticShard,
+  question: Omit<Question, "policy">,
+  answer: StoredAnswer,
+  explored: Explored | undefined,
+  isShadow: boolean,
+  nowMs: number,
+): StoredQuestion | undefined {
+  if (explored !== undefined) {
+    const { entryId, similarity } = explored;
+    const label = { kind: "answer", similarity, answer, isShadow, wasServed: false } as const;
+    if (shard.label(entryId, label).right === true) return undefined;
+  }
+  const made = shard.make(question, answer);
+  return shard.adopt(made, nowMs) ? made : undefined;
+}
+
+function judgeIn(shard: SemanticShard, { entryId, similarity }: Explored, answer: StoredAnswer) {
+  shard.label(entryId, { kind: "answer", similarity, answer, isShadow: false, wasServed: true });
+}
+
+function feedbackIn(shard: SemanticShard, entryId: string, tenant: string, isRight: boolean) {
+  return shard.label(entryId, { kind: "feedback", tenant, isRight }).known;
+}
+
 function learn(
   shard: SemanticShard,
   { policy, ...question }: Question,
@@ -72,7 +98,7 @@ function learn(
   explored: Explored | undefined = none,
   nowMs = 0,
 ): string | undefined {
-  return shard.learn(question, answer, explored, policy.mode === "shadow", nowMs)?.entryId;
+  return learnIn(shard, question, answer, explored, policy.mode === "shadow", nowMs)?.entryId;
 }
 
 /** Asks; where a node is to be asked, it says `real`. */
@@ -290,7 +316,7 @@ describe("semantic shard: against a plain list", () => {
             case "learn": {
               const { scope, tenant, text } = step;
               const question = { scope, tenant, model: "m", text, vector: vectorAt(step.degrees) };
-              const made = shard.learn(question, answerOf("answer 1"), none, false, nowMs);
+              const made = learnIn(shard, question, answerOf("answer 1"), none, false, nowMs);
               expect(made).toBeDefined();
               const entryId = made?.entryId ?? "";
               expect(keep(entryId, step, "answer 1", options.ttlMs, 0)).toBe(true);
@@ -315,7 +341,8 @@ describe("semantic shard: against a plain list", () => {
               if (matched.says.startsWith("guard")) guarded++;
               if (matched.kind !== "explore") break;
               // A node has been asked: the entry is labelled, and where it was wrong there is another one.
-              const made = shard.learn(
+              const made = learnIn(
+                shard,
                 { scope, tenant, model: "m", text, vector },
                 answerOf(step.says),
                 matched,
@@ -359,7 +386,7 @@ describe("semantic shard: against a plain list", () => {
               const entry = list.entries.find(
                 (each) => each.entryId === entryId && each.tenant === step.tenant,
               );
-              expect(shard.feedback(entryId, step.tenant, step.ok)).toBe(entry !== undefined);
+              expect(feedbackIn(shard, entryId, step.tenant, step.ok)).toBe(entry !== undefined);
               if (entry === undefined) break;
               list.label(entryId, 1, step.ok);
               if (step.ok) break;
@@ -370,7 +397,7 @@ describe("semantic shard: against a plain list", () => {
             case "judge": {
               const entryId = idOf(step.which);
               const similarity = similarityOf(0, step.degrees);
-              shard.judge({ entryId, similarity }, answerOf(step.says));
+              judgeIn(shard, { entryId, similarity }, answerOf(step.says));
               const entry = list.entries.find((each) => each.entryId === entryId);
               if (entry !== undefined) list.label(entryId, similarity, entry.answer === step.says);
               break;
@@ -586,7 +613,8 @@ describe("semantic shard: the precision switch", () => {
     const shard = newShard({ precisionMin: 0.8 });
     const id = learn(shard, questionOf("how do i do it", 0), answerOf("right")) ?? "";
     const asked = questionOf("how do i do that", degreesOf(0.98));
-    const judge = (says: string) => shard.judge({ entryId: id, similarity: 0.93 }, answerOf(says));
+    const judge = (says: string) =>
+      judgeIn(shard, { entryId: id, similarity: 0.93 }, answerOf(says));
     expect(shard.match(asked, 0).kind).toBe("hit");
     for (let at = 0; at < 15; at++) judge(at % 2 === 0 ? "wrong" : "right");
     expect(shard.describe().switchedOff).toBe(1);
@@ -608,7 +636,7 @@ describe("semantic shard: the precision switch", () => {
     const model = { ...questionOf("how do i do it", 0), scope: "abc3", model: "n" };
     for (const question of [other, model]) learn(shard, question, answerOf("right"));
     for (let at = 0; at < 10; at++)
-      shard.judge({ entryId: id, similarity: 0.91 }, answerOf("wrong"));
+      judgeIn(shard, { entryId: id, similarity: 0.91 }, answerOf("wrong"));
     expect(shard.match(questionOf("how do i do it", 0), 0).kind).toBe("explore");
     expect(shard.match(other, 0).kind).toBe("hit");
     expect(shard.match(model, 0).kind).toBe("hit");
@@ -666,7 +694,7 @@ describe("semantic shard: verified mode", () => {
     const matched = fresh(shard, 0.965);
     if (matched.kind !== "hit") throw new Error("it must be served");
     for (let at = 0; at < 40; at++)
-      shard.judge(matched, answerOf(at % 2 === 0 ? "wrong" : "right"));
+      judgeIn(shard, matched, answerOf(at % 2 === 0 ? "wrong" : "right"));
     expect(shard.describe().switchedOff).toBe(1);
   });
 
