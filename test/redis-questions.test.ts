@@ -88,6 +88,12 @@ async function ready(
   return rig;
 }
 
+/** Writes that have an outcome: on a machine that is held up, one may come too late. */
+function written({ store }: StoreRig): number {
+  const { remembered, remembersFailed } = store.stats();
+  return remembered + remembersFailed;
+}
+
 async function keysOf(server: RedisServer, pattern: string): Promise<string[]> {
   const reply = await server.command("KEYS", pattern);
   return reply.split("\r\n").filter((line) => line.startsWith("headrace:"));
@@ -212,7 +218,7 @@ describe.skipIf(!redisAvailable)("stored questions", () => {
   it("leave when their life ends, and so do their places", async () => {
     const server = await redis();
     const rig = await ready(server);
-    await rig.remember(...Array.from({ length: 100 }, (_, id) => question(id, { ttlMs: 150 })));
+    await rig.remember(...Array.from({ length: 100 }, (_, id) => question(id, { ttlMs: 1500 })));
     await rig.remember(question(200));
     const bucket = await keyOf(server, "headrace:v1:questions:*");
     expect(await server.command("ZCARD", bucket)).toContain(":101");
@@ -255,12 +261,12 @@ describe.skipIf(!redisAvailable)("stored questions", () => {
     expect(rig.store.stats()).toMatchObject({ remembered: 0, remembersDropped: 3 });
     for (let id = 0; id < 400; id++) rig.rememberNow(question(id));
     expect(rig.store.stats().remembersDropped).toBe(3 + 144);
-    await until(() => rig.store.stats().remembered === 256);
+    await until(() => written(rig) === 256);
     const wide = await ready(server);
     const megabyte = { ...answer, body: Buffer.alloc(1 << 20), bytes: 1 << 20 };
     for (let id = 0; id < 100; id++) wide.rememberNow(question(id, { answer: megabyte }));
     expect(wide.store.stats().remembersDropped).toBe(68); // 32 MiB are under way.
-    await until(() => wide.store.stats().remembered === 32);
+    await until(() => written(wide) === 32);
   });
 
   it.each<[string, string[], "leftOutCorrupt" | "leftOutForeign" | "leftOutLarge", boolean]>([
@@ -373,7 +379,7 @@ describe.skipIf(!redisAvailable)("stored questions", () => {
     expect(idsOf(questions)).toEqual(
       idsOf(Array.from({ length: 100 }, (_, at) => question(200 + at))),
     );
-    await until(() => rig.store.stats().forgotten === 201);
+    await until(() => rig.store.stats().forgotten >= 201); // More, where it had to connect twice.
     expect((await keysOf(later, "headrace:v1:question:*")).length).toBe(100);
     expect(rig.store.stats()).toMatchObject({ forgetsWaiting: 0, forgetsLost: 0 });
     const another = await ready(later);
