@@ -4,6 +4,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Embedded, EmbedderCommand } from "../actors/edges.ts";
 import { LexicalEmbedder } from "../actors/lexical-embedder.ts";
 import type { Context, ReplyTo } from "../runtime/actor.ts";
+import { Random } from "../runtime/random.ts";
 import { Embedder, openBackend, openEmbedder, readableText } from "../transport/embedder.ts";
 import {
   type EmbedderBackend,
@@ -280,13 +281,12 @@ describe("embedder: health", () => {
     ],
     [
       "noise",
-      (text) =>
-        lexical.embed(
-          [...text]
-            .reverse()
-            .map((c, i) => c + i * text.length)
-            .join(" "),
-        ),
+      (text) => {
+        const random = new Random(`noise ${text}`);
+        const drawn = Array.from({ length: 64 }, () => random.next() - 0.5);
+        const norm = Math.hypot(...drawn);
+        return Float32Array.from(drawn, (value) => value / norm);
+      },
       "no nearer to the same question",
     ],
   ];

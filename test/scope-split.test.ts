@@ -886,11 +886,11 @@ describe("probing", () => {
     if (!hasRealQuestions) console.log("no paraphrase data beside the repository: generated text");
     const { pairs, source } = hasRealQuestions ? realQuestions() : generatedQuestions(8000);
     const embedder = new LexicalEmbedder();
-    const chosen = shuffled(pairs.filter((_, at) => at % 4 === 0));
+    const chosen = shuffled(pairs.filter((_, at) => !hasRealQuestions || at % 4 === 0));
     const stored = chosen.map(({ a }) => ({ text: a, vector: embedder.embed(a) }));
     const queries = chosen.map(({ b }) => ({ text: b, vector: embedder.embed(b) }));
     const hitsOf = async (shards: number, askAllUpTo: number) => {
-      const split = { ...splitDefaults, entriesMax: 8000, askAllUpTo };
+      const split = { ...splitDefaults, entriesMax: Math.floor(stored.length * 0.8), askAllUpTo };
       const rig = new Rig({ shards, split, semantic: { bytesMax: 1e9 } });
       for (const { text, vector } of stored) rig.learn(text, vector);
       if (shards > 1) await rig.settle(600_000);
@@ -911,8 +911,9 @@ describe("probing", () => {
       const { hits, asked } = await hitsOf(shards, askAllUpTo);
       const found = hits.filter((isHit, at) => isHit && wanted[at]).length;
       rows.push(`${shards} shards, all up to ${askAllUpTo}: ${found} of ${total}, ${asked} asked`);
-      expect(found / total).toBeGreaterThanOrEqual(recallMin);
-      expect(asked).toBeLessThanOrEqual(askedMax);
+      // Made-up questions are strewn evenly, which real ones are not: their bars say nothing of the rule.
+      expect(found / total).toBeGreaterThanOrEqual(hasRealQuestions ? recallMin : 0.95);
+      expect(asked).toBeLessThanOrEqual(hasRealQuestions ? askedMax : shards);
     }
     console.log([source, ...rows].join("\n"));
   }, 300_000);
