@@ -83,7 +83,7 @@ async function ready(
   place: StoreOptions["redis"] | RedisServer,
   options: Partial<StoreOptions> = {},
 ): Promise<StoreRig> {
-  const rig = await StoreRig.ready(place, 1000, options);
+  const rig = await StoreRig.ready(place, 5000, options);
   await rig.recall(0xfff);
   return rig;
 }
