@@ -2,6 +2,7 @@
  * The embedder in a process, on the real library and a tiny model: test/fixtures/tiny-random-bert has random weights
  * and 290 word pieces, so that it tells nothing of meaning, but loads, computes and fails like a large one.
  */
+import { fork } from "node:child_process";
 import {
   copyFileSync,
   cpSync,
@@ -422,5 +423,21 @@ describe("transformers: the process", () => {
     const outcome = asked.catch((reason: unknown) => reason);
     await silent.close();
     expect(await outcome).toMatchObject({ kind: "gone" });
+  });
+
+  it.skipIf(!isBuilt)("a script that only waits for it to close goes on after that", async () => {
+    const worker = fakeWorker("", `process.on("disconnect", () => {});`);
+    const script = join(tempFolder(), "script.mjs");
+    const backend = pathToFileURL(join(built, "transformer-embedder.js"));
+    writeFileSync(
+      script,
+      `import { TransformerBackend } from "${backend}";
+      const backend = new TransformerBackend({ path: ${JSON.stringify(fixture)}, tokensMax: 128 }, new URL("${worker}"));
+      await backend.open();
+      await backend.close();
+      process.exitCode = 7;`,
+    );
+    const child = fork(script, { stdio: "ignore", execArgv: [] });
+    expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(7);
   });
 });

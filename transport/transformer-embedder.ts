@@ -173,6 +173,7 @@ export class TransformerBackend implements EmbedderBackend {
     const worker = this.#worker;
     if (worker === null) return;
     const ended = new Promise<void>((resolve) => worker.once("exit", () => resolve()));
+    worker.ref(); // Or a script that waits for this would end before it.
     this.#lose(worker, "the embedder was closed");
     if (worker.exitCode === null && worker.signalCode === null) await ended;
   }

@@ -7,7 +7,8 @@
  * it is not what is measured, nor is the node behind.
  *
  *   --smoke       short, for CI: the figures are rough
- *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers | vectors; may be given more than once
+ *   --only NAME   chat | hit | sse | memory | semantic | lookup | actors | strategies | simulator | routers | vectors; may be given
+ *                 more than once
  *   --profile DIR the gateway writes a CPU profile there
  *   --out FILE    JSON; else bench-results/<date>.json
  */
@@ -16,10 +17,12 @@ import { cpus, loadavg } from "node:os";
 import { dirname, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
+import { Random } from "../../runtime/random.ts";
 import { benchActors } from "./actors.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { ClosedLoop } from "./load.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
+import { benchSemanticLookup } from "./semantic-lookup.ts";
 import { benchRouters, benchSimulatorSpeed } from "./simulator.ts";
 import { cpuMs, GATEWAY_KEY, type Running, rssMiB, Stack } from "./stack.ts";
 import { benchStrategies } from "./strategies.ts";
@@ -29,6 +32,8 @@ const CONNECTIONS = 32;
 const NODES = 3;
 /** Full within the first round, so that what is measured includes dropping old answers. */
 const CACHE_BYTES_MAX = 16 * 1024 * 1024;
+/** One scope is in one of eight shards: some thousand questions. */
+const SEMANTIC_BYTES_MAX = 8 * 32 * 1024 * 1024;
 const CACHE_MIB = CACHE_BYTES_MAX / 1024 / 1024;
 
 const names = [
@@ -36,6 +41,8 @@ const names = [
   "hit",
   "sse",
   "memory",
+  "semantic",
+  "lookup",
   "actors",
   "strategies",
   "simulator",
@@ -102,17 +109,25 @@ async function pairs(bare: Subject, gateway: Subject, pace: Pace): Promise<Pair[
   return done;
 }
 
-function rowOf(name: string, question: string, atMost: number, measured: readonly Pair[]): Row {
+/** @param names of what stands above and below the line; @param atMost absent: reported only */
+function rowOf(
+  name: string,
+  question: string,
+  measured: readonly Pair[],
+  atMost?: number,
+  names: readonly [gateway: string, bare: string] = ["gateway", "bare"],
+): Row {
   const ratios = measured.map(({ bare, gateway }) => gateway.cpuUs / bare.cpuUs);
   const value = medianOf(ratios);
   const median = (of: (pair: Pair) => number) => medianOf(measured.map(of));
   const side = (which: "bare" | "gateway") =>
-    `${which} ${median((pair) => pair[which].cpuUs).toFixed(0)} µs ` +
+    `${names[which === "gateway" ? 0 : 1]} ${median((pair) => pair[which].cpuUs).toFixed(0)} µs ` +
     `(${median((pair) => pair[which].perSecond).toFixed(0)}/s, p50 ${median((pair) => pair[which].p50Ms).toFixed(1)}, ` +
     `p99 ${median((pair) => pair[which].p99Ms).toFixed(1)} ms)`;
   const spread = `rounds ${Math.min(...ratios).toFixed(2)} to ${Math.max(...ratios).toFixed(2)}`;
   const detail = `${side("gateway")}; ${side("bare")}; ${spread}`;
-  return { name, question, figure: `${value.toFixed(2)} ×`, value, bar: { atMost }, detail };
+  const bar = atMost === undefined ? {} : { bar: { atMost } };
+  return { name, question, figure: `${value.toFixed(2)} ×`, value, ...bar, detail };
 }
 
 // ---- requests ---------------------------------------------------------------------------------------------
@@ -121,16 +136,33 @@ let prompts = 0;
 
 /** About 170 bytes of body. Every call asks something new, unless `prompt` is fixed. */
 function requests(stream: boolean, prompt?: string): () => Buffer {
+  const fields = { temperature: 0.7, max_tokens: 128, ...(stream && { stream }) };
   return () => {
     const content =
       prompt ?? `Question ${String(++prompts).padStart(9, "0")}: why is the evening sky red?`;
-    const messages = [{ role: "user", content }];
-    const asked = { model: MODEL, messages, temperature: 0.7, max_tokens: 128 };
-    const body = JSON.stringify(stream ? { ...asked, stream: true } : asked);
-    return Buffer.from(
-      `POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer ${GATEWAY_KEY}\r\n` +
-        `content-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
-    );
+    return requestOf(content, fields);
+  };
+}
+
+function requestOf(content: string, fields: object): Buffer {
+  const messages = [{ role: "user", content }];
+  const body = JSON.stringify({ model: MODEL, messages, ...fields });
+  return Buffer.from(
+    `POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer ${GATEWAY_KEY}\r\n` +
+      `content-type: application/json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`,
+  );
+}
+
+/** The same for questions that are looked up by meaning, and are all unlike each other. */
+function unlikeRequests(): () => Buffer {
+  const random = new Random("questions");
+  const letters = "abcdefghijklmnoprstuvw";
+  const letter = (): string => letters[random.int(letters.length)] ?? "a";
+  const word = (): string => Array.from({ length: 3 + random.int(6) }, letter).join("");
+  const words = Array.from({ length: 5000 }, word);
+  return () => {
+    const some = Array.from({ length: 8 }, () => words[random.int(words.length)] ?? "");
+    return requestOf(`Question ${++prompts}: how do I ${some.join(" ")}?`, { temperature: 0 });
   };
 }
 
@@ -170,7 +202,7 @@ async function benchGateway(
         { running: gateway, requestOf },
         stretched,
       );
-      rows.push(rowOf(name, question, atMost, measured[name]));
+      rows.push(rowOf(name, question, measured[name], atMost));
     };
     await run(
       "chat",
@@ -195,6 +227,25 @@ async function benchGateway(
       requests(true),
       STREAM_WINDOW_FACTOR,
     );
+    if (wanted.has("semantic")) {
+      const semantic = { embedder: { type: "lexical" }, bytesMax: SEMANTIC_BYTES_MAX };
+      const cache = { bytesMax: CACHE_BYTES_MAX, semantic };
+      const matching = await stack.gateway({ nodes, cache }, execArgv);
+      const requestOf = unlikeRequests();
+      measured.semantic = await pairs(
+        { running: gateway, requestOf },
+        { running: matching, requestOf },
+        pace,
+      );
+      const question = "CPU, chat request looked up by meaning and missing ÷ with that off";
+      rows.push(rowOf("semantic", question, measured.semantic, undefined, ["on", "off"]));
+      const { semanticMisses, questions } = (await stack.state(matching)).cache ?? {};
+      if (!((semanticMisses ?? 0) > 0)) throw new Error("nothing was looked up by meaning");
+      console.log(
+        `looked up by meaning: ${semanticMisses} misses, ${questions} questions at the end`,
+      );
+      await stack.end(matching);
+    }
     if (wanted.has("memory")) {
       rows.push(
         memoryRow(
@@ -288,13 +339,16 @@ const loadBefore = loadavg()[0] ?? 0;
 const rows: Row[] = [];
 let measured: Record<string, Pair[]> = {};
 if (wanted.has("actors")) rows.push(...(await actorRows()));
+if (wanted.has("lookup")) rows.push(...(await benchSemanticLookup()));
 if (wanted.has("strategies")) rows.push(...strategyRows());
 if (wanted.has("simulator")) rows.push(...(await benchSimulatorSpeed()));
 if (wanted.has("routers"))
   rows.push(...(flags.smoke ? benchRouters(150, 1) : benchRouters(500, 3)));
 if (wanted.has("vectors"))
   rows.push(...benchVectors(flags.smoke ? vectorPaces.smoke : vectorPaces.full));
-const needsGateway = (["chat", "hit", "sse", "memory"] as const).some((name) => wanted.has(name));
+const needsGateway = (["chat", "hit", "sse", "memory", "semantic"] as const).some((name) =>
+  wanted.has(name),
+);
 if (needsGateway) {
   const gateway = await benchGateway(wanted, pace, profileArgs);
   rows.unshift(...gateway.rows);
