@@ -98,7 +98,9 @@ async function rowsOf(name: string, backend: EmbedderBackend): Promise<Row[]> {
       const vector = vectors[index];
       if (!(vector instanceof Float32Array)) continue;
       const beganAtMs = performance.now();
-      shard.learn({ ...scope, text, vector }, answer(), undefined, false, 0);
+      const entryId = `abc1-${from + index}`;
+      const times = { ttlMs: 1e9, ageMs: 0 };
+      shard.adopt({ ...scope, entryId, text, vector, answer: answer(), ...times }, 0);
       const tookMs = performance.now() - beganAtMs;
       insertMs += tookMs;
       longestMs = Math.max(longestMs, tookMs);
