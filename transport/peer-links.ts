@@ -508,8 +508,9 @@ export class PeerLinks {
       if (dialler === undefined) this.#hasMetItself = true;
       else dialler.isSelf = this.#hasMetItself;
     }
+    // Whoever finds the other's proof wrong has another secret, or is told so: the same either way.
     const isFailure = reason === "secret" || reason === "malformed" || reason === "key";
-    if (dialler === undefined && isFailure && !refused.isTold) this.#failed(remoteHost);
+    if (dialler === undefined && isFailure) this.#failed(remoteHost);
     this.#report(live, refused, refused.isTold);
     this.#lives.delete(live.id);
     if (refused.isTold) live.connection?.destroy(reason);

@@ -25,6 +25,7 @@
  */
 import { createHash } from "node:crypto";
 import { addExtension, Packr } from "msgpackr/pack";
+import { Unpackr } from "msgpackr/unpack";
 import type { AskOutcome, Terminated } from "../runtime/actor.ts";
 import type { Envelope } from "../runtime/system.ts";
 import { askFailure, crossingRows } from "./wire-messages.ts";
@@ -248,18 +249,37 @@ for (const type of [0x42, 0x62, 0x65, 0x69, 0x70, 0x73, 0x74, 0x78, 0xff]) {
   });
 }
 
-function packrOf(encoding: Encoding): Packr {
-  return encoding === "maps"
-    ? new Packr({ useRecords: false, variableMapSize: true })
-    : new Packr({
-        structures: structures.map((keys) => [...keys]), // msgpackr writes into what it is given.
-        maxSharedStructures: structures.length,
-      });
+/** One encoder and one decoder for all links. */
+class Codec {
+  readonly #packr: Packr;
+  readonly #unpackr: Unpackr;
+
+  constructor(encoding: Encoding) {
+    const options =
+      encoding === "maps"
+        ? { useRecords: false, variableMapSize: true }
+        : {
+            // Not `structures`: that option leaves those beyond 32 unreadable. It writes into what it is given.
+            getStructures: () => structures.map((keys) => [...keys]),
+            maxSharedStructures: structures.length,
+          };
+    this.#packr = new Packr({ ...options });
+    this.#unpackr = new Unpackr({ ...options });
+  }
+
+  pack(value: unknown): Uint8Array<ArrayBuffer> {
+    return this.#packr.pack(value);
+  }
+
+  /** @throws Error of any sort for bytes that are not msgpack */
+  unpack(bytes: Uint8Array): unknown {
+    return this.#unpackr.unpack(bytes);
+  }
 }
 
-const packrs: Readonly<Record<Encoding, Packr>> = {
-  structures: packrOf("structures"),
-  maps: packrOf("maps"),
+const codecs: Readonly<Record<Encoding, Codec>> = {
+  structures: new Codec("structures"),
+  maps: new Codec("maps"),
 };
 
 /**
@@ -273,7 +293,7 @@ export function encodeFrame(
 ): Uint8Array<ArrayBuffer> | Invalid {
   const { ack, seq, heartbeat, isLeaving, envelopes } = frame;
   try {
-    return packrs[encoding].pack([nowMs, ack, seq, heartbeat ?? null, isLeaving, envelopes]);
+    return codecs[encoding].pack([nowMs, ack, seq, heartbeat ?? null, isLeaving, envelopes]);
   } catch (error) {
     return { invalid: error instanceof Error ? error.message : "it cannot be encoded" };
   }
@@ -326,7 +346,7 @@ const failureShape: Shape<AskOutcome<never>> = record<{ ok: false; failure: stri
 export function decodeFrame(bytes: Uint8Array, reading: Reading): ReceivedFrame | Invalid {
   let value: unknown;
   try {
-    value = packrs[reading.encoding].unpack(bytes);
+    value = codecs[reading.encoding].unpack(bytes);
   } catch (error) {
     return { invalid: `not msgpack: ${error instanceof Error ? error.message : "unreadable"}` };
   }
@@ -478,7 +498,7 @@ export const HANDSHAKE_BYTES_MAX = 1024;
 
 /** One message of a handshake, as a map: it must be read before anything is agreed on. */
 export function encodeHandshake(message: object): Uint8Array<ArrayBuffer> {
-  return packrs.maps.pack(message);
+  return codecs.maps.pack(message);
 }
 
 /** Checked against the shape; or why not. Never throws. */
@@ -488,7 +508,7 @@ export function decodeHandshake<T>(bytes: Uint8Array, shape: Shape<T>): T | Inva
   }
   let value: unknown;
   try {
-    value = packrs.maps.unpack(bytes);
+    value = codecs.maps.unpack(bytes);
   } catch (error) {
     return { invalid: `not msgpack: ${error instanceof Error ? error.message : "unreadable"}` };
   }
