@@ -12,8 +12,8 @@
  * A link is one *session*: the time in which both sides remember each other. Connections come and go within it.
  *
  * - **User envelopes** (messages, replies) are delivered at most once and in order. They wait in the outbox, in the
- *   order of `send`, until the end of the turn of the event loop: then all of them go, up to 256 or about 64 KiB in a
- *   frame. When the connection breaks those still waiting are lost, each told; none is ever sent again.
+ *   order of `send`, until the end of the turn of the event loop (the first 32 of many go at once): then all of them
+ *   go, up to 256 or about 64 KiB in a frame. When the connection breaks those still waiting are lost, each told; none is ever sent again.
  * - **System envelopes** (watch, unwatch, terminated) are delivered exactly once and in order, within the session.
  *   They are numbered from 1, kept until acknowledged, and sent again on the next connection; the receiver drops what
  *   it has had. Acknowledgements are cumulative and ride on every frame. When more than `systemMax` wait, or the
@@ -21,8 +21,8 @@
  *
  * Failures. The other side is *silent* when no byte came for `silenceMs`; it sends a heartbeat every 250 ms. It
  * *stalls* when it takes none of the bytes that wait for it for `stallMs`. A frame that cannot be read, or a gap in
- * the numbers, ends the connection; a single message that may not be delivered is answered and counted. When this
- * process itself stood still (more than a second between ticks) the others are given their time anew.
+ * the numbers, ends the connection; a single message that may not be delivered is answered and counted. Time in
+ * which this process itself stood still (longer than a heartbeat between ticks) is held against nobody.
  *
  * Bounds: `outboxMax` envelopes and about `outboxBytesMax` bytes wait, besides what the connection holds (writing
  * stops above `bufferedBytesMax`); above, `send` refuses with "full", but for messages that replace a waiting one of
@@ -150,8 +150,8 @@ export type LinkMetrics = {
   badFrames: number;
 };
 
-/** More than this between two ticks: it was this process that stood still. */
-const PAUSE_MS = 1000;
+/** So many go at once, first of a turn: the other side works on them while this one still writes the rest. */
+const HEAD_ENVELOPES = 32;
 /** Heartbeats whose time of sending is remembered, for the round trip. */
 const BEATS_MAX = 16;
 
@@ -173,6 +173,8 @@ export class PeerLink {
   /** Place in `#outbox` of what a later message may replace; kept only while the outbox is long. */
   readonly #conflatable = new Map<string, number>();
   #isDirty = false;
+  /** In this turn of the event loop. */
+  #hasSentHead = false;
 
   /** System envelopes from number `#acked + 1` on. */
   readonly #unacked: Envelope[] = [];
@@ -366,6 +368,10 @@ export class PeerLink {
       return "full";
     }
     this.#push(envelope);
+    if (this.#outboxDepth === HEAD_ENVELOPES && !this.#hasSentHead) {
+      this.flush(nowMs);
+      this.#hasSentHead = true;
+    }
     return undefined;
   }
 
@@ -411,6 +417,7 @@ export class PeerLink {
   /** Writes what waits, as far as the connection takes it. True when something was left. */
   flush(nowMs: number): boolean {
     this.#isDirty = false;
+    this.#hasSentHead = false;
     const connection = this.#connection;
     if (this.#state !== "up" || connection === undefined) return false;
     while (this.#outboxDepth > 0) {
@@ -598,17 +605,18 @@ export class PeerLink {
 
   /** To be called several times per heartbeat. */
   tick(nowMs: number): void {
-    const { silenceMs, sessionMs, stallMs, bufferedBytesMax } = this.#options;
-    const hasPaused = nowMs - this.#tickedAtMs > PAUSE_MS;
+    const { heartbeatMs, silenceMs, sessionMs, stallMs, bufferedBytesMax } = this.#options;
+    const gapMs = nowMs - this.#tickedAtMs;
     this.#tickedAtMs = nowMs;
     if (this.#state === "interrupted" && nowMs - this.#interruptedAtMs >= sessionMs) {
       return this.end("away for too long", nowMs);
     }
     const connection = this.#connection;
     if (this.#state !== "up" || connection === undefined) return;
-    if (hasPaused) {
-      this.#heardAtMs = nowMs;
-      this.#drainedAtMs = nowMs;
+    if (gapMs > heartbeatMs) {
+      // It was this process that stood still; what came meanwhile is not read yet.
+      this.#heardAtMs = Math.min(nowMs, this.#heardAtMs + gapMs);
+      this.#drainedAtMs = Math.min(nowMs, this.#drainedAtMs + gapMs);
     }
     const buffered = connection.bufferedBytes();
     if (buffered === 0 || this.#written - buffered > this.#drainedBytes) {
@@ -618,7 +626,7 @@ export class PeerLink {
     if (nowMs - this.#heardAtMs >= silenceMs) return this.interrupt("silent", nowMs);
     if (nowMs - this.#drainedAtMs >= stallMs) return this.interrupt("stalled", nowMs);
     if (nowMs >= this.#beatDueAtMs) {
-      this.#beatDueAtMs = Math.max(this.#beatDueAtMs + this.#options.heartbeatMs, nowMs);
+      this.#beatDueAtMs = Math.max(this.#beatDueAtMs + heartbeatMs, nowMs);
       if (buffered <= bufferedBytesMax) this.#beat(nowMs);
     }
     this.flush(nowMs);

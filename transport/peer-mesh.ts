@@ -75,8 +75,7 @@ export class PeerMesh {
       open: (id, address) => this.#open(id, address),
       abandon: (id) => this.#sockets.get(id)?.destroy("abandoned"),
       onEvent: (event) => {
-        if (event.kind === "peer.down") this.#system?.interrupted(pathsOf(event.node));
-        if (event.kind === "peer.lost") this.#system?.disconnected(pathsOf(event.node));
+        this.#tellSystem(event);
         onEvent(event);
       },
       onEnvelope: (envelope) => this.#system?.deliver(envelope),
@@ -214,6 +213,14 @@ export class PeerMesh {
   /** What is left because a connection is full stays, and goes when that connection has drained. */
   #flush(): void {
     for (const node of this.#dirty) if (!this.#links.flush(node)) this.#dirty.delete(node);
+  }
+
+  #tellSystem(event: PeerEvent): void {
+    if (event.kind === "peer.down") this.#system?.interrupted(pathsOf(event.node));
+    if (event.kind === "peer.lost") this.#system?.disconnected(pathsOf(event.node));
+    if (event.kind !== "peer.rejected") return;
+    const { to, messageKind } = event.rejected;
+    this.#system?.deadLetter(to, { kind: messageKind }, "undecodable");
   }
 
   #onUndeliverable(envelope: Envelope, reason: UndeliverableReason): void {

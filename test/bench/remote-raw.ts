@@ -1,9 +1,9 @@
 /**
  * The least that must be done to ask another process: one TCP socket, frames with their length in front, everything
- * of one turn of the event loop in one frame. No WebSocket, no handshake, no actors.
+ * of one turn of the event loop in one system call. No WebSocket, no handshake, no actors.
  *
- * Two contents: `bytes` moves messages of a fixed size, unread but for their number; `codec` encodes and decodes
- * them as the peers do.
+ * Two contents: `bytes` makes each message a frame, of a fixed size and unread but for its number; `codec` makes all
+ * messages of a turn a frame, encoded and decoded as the peers do.
  *
  * As a process of its own it is the side that answers: its content and sizes come as JSON in the first argument.
  */
@@ -12,9 +12,12 @@ import { connect, createServer, type Socket } from "node:net";
 import { pathToFileURL } from "node:url";
 import type { Envelope } from "../../runtime/system.ts";
 import { decodeFrame, encodeFrame, FRAME_ENVELOPES_MAX } from "../../transport/wire.ts";
-import { snapshotOf } from "./remote-system.ts";
+import { admitOf, admitted } from "./remote-system.ts";
 
 export type RawContent = { content: "bytes" | "codec"; requestBytes: number; replyBytes: number };
+
+/** Asks are numbered from somewhere: see peer-mesh.ts. */
+const FIRST_ID = 2 ** 51;
 
 /** Frames of one socket: what comes is cut at their lengths, what goes waits for the end of the turn. */
 class Frames {
@@ -41,12 +44,15 @@ class Frames {
     this.#rest = data;
   }
 
-  send(payload: Uint8Array): void {
-    const head = Buffer.allocUnsafe(4);
-    head.writeUInt32BE(payload.length, 0);
+  /** All in one system call. */
+  send(payloads: readonly Uint8Array[]): void {
     this.#socket.cork();
-    this.#socket.write(head);
-    this.#socket.write(payload);
+    for (const payload of payloads) {
+      const head = Buffer.allocUnsafe(4);
+      head.writeUInt32BE(payload.length, 0);
+      this.#socket.write(head);
+      this.#socket.write(payload);
+    }
     this.#socket.uncork();
   }
 }
@@ -56,7 +62,6 @@ export class RawSide {
   readonly #frames: Frames;
   readonly #content: RawContent["content"];
   readonly #outBytes: number;
-  readonly #inBytes: number;
   readonly #makeEnvelope: (number: number) => Envelope;
   readonly #onNumber: (number: number) => void;
   #batch: number[] = [];
@@ -69,7 +74,6 @@ export class RawSide {
   ) {
     this.#content = content;
     this.#outBytes = isServer ? replyBytes : requestBytes;
-    this.#inBytes = isServer ? requestBytes : replyBytes;
     this.#makeEnvelope = isServer ? replyOf : requestOf;
     this.#onNumber = onNumber;
     this.#frames = new Frames(socket, (frame) => this.#onFrame(frame, isServer));
@@ -82,19 +86,22 @@ export class RawSide {
   #flush(): void {
     const batch = this.#batch;
     this.#batch = [];
+    if (this.#content === "bytes") {
+      this.#frames.send(batch.map((number) => this.#fixed(number)));
+      return;
+    }
     for (let start = 0; start < batch.length; start += FRAME_ENVELOPES_MAX) {
-      this.#frames.send(this.#encoded(batch.slice(start, start + FRAME_ENVELOPES_MAX)));
+      this.#frames.send([this.#encoded(batch.slice(start, start + FRAME_ENVELOPES_MAX))]);
     }
   }
 
+  #fixed(number: number): Uint8Array {
+    const payload = Buffer.alloc(this.#outBytes);
+    payload.writeUInt32BE(number, 0);
+    return payload;
+  }
+
   #encoded(numbers: readonly number[]): Uint8Array {
-    if (this.#content === "bytes") {
-      const payload = Buffer.alloc(numbers.length * this.#outBytes);
-      for (let index = 0; index < numbers.length; index++) {
-        payload.writeUInt32BE(numbers[index] ?? 0, index * this.#outBytes);
-      }
-      return payload;
-    }
     const envelopes = numbers.map(this.#makeEnvelope);
     const frame = { ack: 0, seq: 1, isLeaving: false, envelopes };
     const encoded = encodeFrame(frame, "structures", performance.now());
@@ -103,17 +110,13 @@ export class RawSide {
   }
 
   #onFrame(frame: Buffer, isServer: boolean): void {
-    if (this.#content === "bytes") {
-      for (let at = 0; at < frame.length; at += this.#inBytes)
-        this.#onNumber(frame.readUInt32BE(at));
-      return;
-    }
+    if (this.#content === "bytes") return this.#onNumber(frame.readUInt32BE(0));
     const decoded = decodeFrame(frame, {
       encoding: "structures",
       nowMs: performance.now(),
       peer: isServer ? "a" : "b",
       self: isServer ? "b" : "a",
-      questionOf: () => "gpu_node.acquire",
+      questionOf: () => "limiter.admit",
     });
     if ("invalid" in decoded) throw new Error(decoded.invalid);
     for (const envelope of decoded.envelopes)
@@ -121,24 +124,15 @@ export class RawSide {
   }
 }
 
-const replySnapshot = snapshotOf("echo", 0);
-
 function requestOf(number: number): Envelope {
-  const askId = 2 ** 51 + number;
-  const message = {
-    kind: "gpu_node.acquire",
-    leaseId: "01JCB2VX5T9QZ4K8N7W6R3M2HD#1",
-    owner: "a/requests",
-    uncachedTokens: 512,
-    replyTo: { asker: "a/requests", askId },
-  };
-  const place = { to: "b/nodes/echo", uid: 0, from: "a/requests", askId, timeoutUs: 30_000_000 };
+  const askId = FIRST_ID + number;
+  const place = { to: "b/limiter", uid: 0, from: "a/requests", askId, timeoutUs: 30_000_000 };
+  const message = admitOf("a/requests", { asker: "a/requests", askId });
   return { kind: "message", ...place, message };
 }
 
-function replyOf(number: number): Envelope {
-  const value = { kind: "denied", reason: "full", snapshot: replySnapshot };
-  return { kind: "reply", to: "a/requests", askId: number, outcome: { ok: true, value } };
+function replyOf(askId: number): Envelope {
+  return { kind: "reply", to: "a/requests", askId, outcome: { ok: true, value: admitted } };
 }
 
 /** Bytes of one question and one answer as the peers send them, without their frame. */
@@ -154,7 +148,7 @@ export function messageBytes(): { requestBytes: number; replyBytes: number } {
   };
   return {
     requestBytes: sizeOf(requestOf),
-    replyBytes: sizeOf((number) => replyOf(2 ** 51 + number)),
+    replyBytes: sizeOf((number) => replyOf(FIRST_ID + number)),
   };
 }
 

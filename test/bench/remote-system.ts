@@ -1,14 +1,16 @@
 /**
- * A process of a small cluster: a mesh, and a system with one actor that answers at once and one that asks. Used by
- * the benchmark of remote asks, and by the tests that want real sockets.
+ * A process of a small cluster: a mesh, and a system with actors that answer at once and one that asks. Used by the
+ * benchmark of remote asks, and by the tests that want real sockets.
  */
 import type { AcquireReply, GpuNodeMessage } from "../../actors/gpu-node.ts";
 import type { NodeSnapshot } from "../../actors/protocol.ts";
+import type { AdmitReply, RateLimiterMessage } from "../../actors/rate-limiter.ts";
 import type {
   Actor,
   ActorRef,
   AskOutcome,
   Context,
+  ReplyTo,
   RuntimeEvent,
   Terminated,
 } from "../../runtime/actor.ts";
@@ -25,6 +27,8 @@ export type PeerConfig = {
   incarnation: number;
   secret: string;
 } & Pick<MeshOptions, "link" | "tls" | "versions" | "structures" | "failuresPerMinuteMax">;
+
+const ASK_MS = 30_000;
 
 /** What the answering actor is told, beside asks. */
 export type Told = GpuNodeMessage;
@@ -46,6 +50,8 @@ export const snapshotOf = (node: string, nowMs: number): NodeSnapshot => ({
   healthy: true,
   restUntilMs: 0,
   articleWeight: 1,
+  models: ["meta-llama/Llama-3.1-8B-Instruct"],
+  adapters: [],
 });
 
 /** Answers each acquire at once; keeps what it was told last. */
@@ -65,9 +71,44 @@ class EchoActor implements Actor<GpuNodeMessage> {
   }
 }
 
+/** What the benchmark asks, and its answer: ten fields and twelve. */
+export const admitOf = (
+  owner: string,
+  replyTo: ReplyTo<AdmitReply>,
+): Extract<RateLimiterMessage, { kind: "limiter.admit" }> => ({
+  kind: "limiter.admit",
+  requestId: "01JCB2VX5T9QZ4K8N7W6R3M2HD",
+  owner,
+  key: "team-a",
+  limits: { requestsPerMinute: 600, tokensPerMinute: 100_000 },
+  model: "llama-3.1-8b",
+  promptTokens: 512,
+  maxTokens: 256,
+  expiresAtMs: 600_000.5,
+  replyTo,
+});
+
+export const admitted: AdmitReply = {
+  kind: "granted",
+  reservedTokens: 768,
+  state: {
+    atMs: 1234.5,
+    requests: { limit: 600, remaining: 599, resetMs: 100 },
+    tokens: { limit: 100_000, remaining: 99_232, resetMs: 460.8 },
+  },
+};
+
+/** Grants everything, at once. */
+class GrantingActor implements Actor<RateLimiterMessage> {
+  receive(message: RateLimiterMessage, context: Context<RateLimiterMessage>): void {
+    if (message.kind === "limiter.admit") context.reply(message.replyTo, admitted);
+  }
+}
+
 type AskerMessage =
-  | { kind: "asker.go"; inflight: number; asks: number; leaseId: string }
-  | { kind: "asker.answered"; outcome: AskOutcome<AcquireReply> }
+  /** Asks the limiter, or with a `leaseId` the node. */
+  | { kind: "asker.go"; peer: string; inflight: number; asks: number; leaseId?: string }
+  | { kind: "asker.answered"; outcome: AskOutcome<AcquireReply | AdmitReply> }
   | { kind: "asker.watch"; target: ActorRef<GpuNodeMessage> }
   | { kind: "asker.ended"; terminated: Terminated };
 
@@ -75,10 +116,14 @@ type AskerMessage =
 class AskerActor implements Actor<AskerMessage> {
   readonly #peer: BenchPeer;
   #left = 0;
-  #leaseId = "";
+  #leaseId: string | undefined;
+  #node: ActorRef<GpuNodeMessage>;
+  #limiter: ActorRef<RateLimiterMessage>;
 
   constructor(peer: BenchPeer) {
     this.#peer = peer;
+    this.#node = peer.echo("");
+    this.#limiter = peer.limiter("");
   }
 
   receive(message: AskerMessage, context: Context<AskerMessage>): void {
@@ -86,6 +131,8 @@ class AskerActor implements Actor<AskerMessage> {
       case "asker.go":
         this.#left = message.asks;
         this.#leaseId = message.leaseId;
+        this.#node = this.#peer.echo(message.peer);
+        this.#limiter = this.#peer.limiter(message.peer);
         for (let index = 0; index < message.inflight; index++) this.#ask(context);
         return;
       case "asker.answered":
@@ -105,18 +152,21 @@ class AskerActor implements Actor<AskerMessage> {
 
   #ask(context: Context<AskerMessage>): void {
     this.#left--;
-    const { target } = this.#peer;
-    if (target === undefined) return;
+    const leaseId = this.#leaseId;
+    const owner = context.self.path;
+    if (leaseId === undefined) {
+      context.ask<RateLimiterMessage, AdmitReply>(
+        this.#limiter,
+        ASK_MS,
+        (replyTo) => admitOf(owner, replyTo),
+        (outcome) => ({ kind: "asker.answered", outcome }),
+      );
+      return;
+    }
     context.ask<GpuNodeMessage, AcquireReply>(
-      target,
-      30_000,
-      (replyTo) => ({
-        kind: "gpu_node.acquire",
-        leaseId: this.#leaseId,
-        owner: context.self.path,
-        uncachedTokens: 512,
-        replyTo,
-      }),
+      this.#node,
+      ASK_MS,
+      (replyTo) => ({ kind: "gpu_node.acquire", leaseId, owner, uncachedTokens: 512, replyTo }),
       (outcome) => ({ kind: "asker.answered", outcome }),
     );
   }
@@ -126,7 +176,6 @@ export class BenchPeer {
   readonly mesh: PeerMesh;
   readonly system: ActorSystem;
   readonly #id: string;
-  target: ActorRef<GpuNodeMessage> | undefined;
   outcomes = 0;
   readonly failures: string[] = [];
   readonly ended: Terminated[] = [];
@@ -179,6 +228,7 @@ export class BenchPeer {
             periodMs: 60_000,
             children: [{ id: "echo", start: echo, restart: "permanent", mailbox }],
           },
+          { id: "limiter", start: () => new GrantingActor(), restart: "permanent", mailbox },
           { id: "requests", start: () => new AskerActor(this), restart: "permanent", mailbox },
         ],
       },
@@ -196,16 +246,20 @@ export class BenchPeer {
     return this.system.ref<GpuNodeMessage>(`${peer}/nodes/echo`);
   }
 
-  /** Asks that peer's echo so often, so many at a time; resolves when the last is answered. */
-  ask(peer: string, asks: number, inflight: number, leaseId: string): Promise<void> {
-    this.target = this.echo(peer);
+  limiter(peer: string): ActorRef<RateLimiterMessage> {
+    return this.system.ref<RateLimiterMessage>(`${peer}/limiter`);
+  }
+
+  /** Asks that peer so often, so many at a time; resolves when the last is answered. */
+  ask(peer: string, asks: number, inflight: number, leaseId?: string): Promise<void> {
     const until = this.outcomes + asks;
     return new Promise((resolve) => {
       this.onAllAnswered = () => {
         if (this.outcomes >= until) resolve();
       };
       const asker = this.system.ref<AskerMessage>(`${this.#id}/requests`);
-      this.system.tell(asker, { kind: "asker.go", inflight, asks, leaseId });
+      const lease = leaseId === undefined ? {} : { leaseId };
+      this.system.tell(asker, { kind: "asker.go", peer, inflight, asks, ...lease });
     });
   }
 

@@ -23,7 +23,6 @@ export type RemotePace = { rounds: number; batchedAsks: number; singleAsks: numb
 
 const BATCHED = 64;
 const SECRET = "the secret of the benchmark";
-const LEASE = "01JCB2VX5T9QZ4K8N7W6R3M2HD#1";
 
 type Subject = {
   name: string;
@@ -63,7 +62,7 @@ async function peers(
     name: "peers",
     other: running,
     ask: async (asks, inflight) => {
-      await peer.ask("b", asks, inflight, LEASE);
+      await peer.ask("b", asks, inflight);
       const [failure] = peer.failures;
       if (failure !== undefined) throw new Error(`${peer.failures.length} asks failed: ${failure}`);
     },
