@@ -7,7 +7,7 @@
  * it is not what is measured, nor is the node behind.
  *
  *   --smoke       short, for CI: the figures are rough
- *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers; may be given more than once
+ *   --only NAME   chat | hit | sse | memory | actors | strategies | simulator | routers | remote; may be given more than once
  *   --profile DIR the gateway writes a CPU profile there
  *   --out FILE    JSON; else bench-results/<date>.json
  */
@@ -19,6 +19,7 @@ import { parseArgs } from "node:util";
 import { benchActors } from "./actors.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { ClosedLoop } from "./load.ts";
+import { benchRemote } from "./remote.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
 import { benchRouters, benchSimulatorSpeed } from "./simulator.ts";
 import { cpuMs, GATEWAY_KEY, type Running, rssMiB, Stack } from "./stack.ts";
@@ -39,6 +40,7 @@ const names = [
   "strategies",
   "simulator",
   "routers",
+  "remote",
 ] as const;
 type Name = (typeof names)[number];
 
@@ -290,6 +292,15 @@ if (wanted.has("strategies")) rows.push(...strategyRows());
 if (wanted.has("simulator")) rows.push(...(await benchSimulatorSpeed()));
 if (wanted.has("routers"))
   rows.push(...(flags.smoke ? benchRouters(150, 1) : benchRouters(500, 3)));
+if (wanted.has("remote")) {
+  rows.push(
+    ...(await benchRemote(
+      flags.smoke
+        ? { rounds: 3, batchedAsks: 20_000, singleAsks: 1000 }
+        : { rounds: 7, batchedAsks: 200_000, singleAsks: 10_000 },
+    )),
+  );
+}
 const needsGateway = (["chat", "hit", "sse", "memory"] as const).some((name) => wanted.has(name));
 if (needsGateway) {
   const gateway = await benchGateway(wanted, pace, profileArgs);
