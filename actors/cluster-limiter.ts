@@ -286,7 +286,8 @@ export class ClusterLimiterActor implements Actor<OwnMessage> {
     const { store } = this.#refs;
     if (store === undefined || !this.#mayAskStore(context.nowMs))
       return this.#decideByPeers(admit, origin, context);
-    const { key, limits, requestId, expiresAtMs } = admit;
+    const { key, limits, expiresAtMs } = admit;
+    const requestId = nameFor(this.#options.self, admit.requestId);
     const usual = this.#outputs.get(key)?.p90(admit.model);
     const tokens = estimateTokens(limits, admit, usual, largestOf(limits));
     context.ask<LimitStoreCommand, LimitStoreReply>(
@@ -492,8 +493,9 @@ export class ClusterLimiterActor implements Actor<OwnMessage> {
     context: Context<OwnMessage>,
   ): void {
     const { store } = this.#refs;
-    const { key, limits, requestId, charge, usedTokens, refund } = what;
+    const { key, limits, charge, usedTokens, refund } = what;
     if (store === undefined) return;
+    const requestId = nameFor(this.#options.self, what.requestId);
     const kind = "limits.correct";
     context.tell(store, { kind, key, limits, requestId, charge, usedTokens, refund });
   }
@@ -627,6 +629,7 @@ function latest(nowMs: number, ...takeovers: readonly (Takeover | undefined)[]):
   return last;
 }
 
+/** Ids of requests are those of one peer: two may use the same. */
 function nameFor(peer: PeerId, requestId: RequestId): RequestId {
   return `${peer} ${requestId}`;
 }

@@ -164,14 +164,14 @@ export type LimitStoreCommand =
 /** What one request was charged, for its correction. */
 export type LimitCharge = {
   tokens: number;
-  /** In the store's allowances, ns; 0 where there is no such limit. */
+  /** In the store's allowances, ns; below 0 where there is no such limit. */
   requestNs: number;
   tokensNs: number;
   /** Names the day that it was charged to; 0 without such a limit. */
   day: number;
 };
 
-/** `state.atMs` is to be set by whoever receives it. `away`: ask elsewhere. */
+/** `state.atMs` is by the store's clock: whoever receives it sets its own. `away`: ask elsewhere. */
 export type LimitStoreReply =
   | { kind: "granted"; charge: LimitCharge; state: LimitState }
   | { kind: "refused"; code: ErrorCode; retryAfterMs: number; state: LimitState }
