@@ -241,6 +241,8 @@ export class Membership {
   #seeds: readonly string[] = [];
   /** Addresses that turned out to be this process's own. */
   readonly #ownAddresses = new Set<string>();
+  /** Other addresses under which members were reached: a seed's, by which of them. */
+  readonly #aliases = new Map<string, PeerId>();
   #epoch = 0;
   #seq = 0;
   #load: OwnLoad = { loopLagMs: 0, queueDepth: 0 };
@@ -347,6 +349,10 @@ export class Membership {
       if (isSelf && dialled !== undefined) this.#ownAddresses.add(dialled);
       if (!isSelf) this.#meetOwn({ ...peer, state: "alive", stamp: 0 });
       return this.#publish();
+    }
+    if (dialled !== undefined && dialled !== peer.address) {
+      if (this.#aliases.size >= CONTACTS_MAX) this.#aliases.clear();
+      this.#aliases.set(dialled, peer.id);
     }
     const known = this.#entries.get(peer.id);
     if (known === undefined || peer.incarnation > known.incarnation)
@@ -750,7 +756,11 @@ export class Membership {
     const addresses = new Set<string>();
     for (const { address, state, goneAtMs } of this.#entries.values())
       if (state !== "left" || this.#tickedAtMs - goneAtMs < LEFT_DIALLED_MS) addresses.add(address);
-    for (const address of this.#seeds) addresses.add(address);
+    for (const address of this.#seeds) {
+      const alias = this.#aliases.get(address);
+      const isLinked = alias !== undefined && this.#entries.get(alias)?.isLinked === true;
+      if (!isLinked) addresses.add(address); // Else it would be the same link twice.
+    }
     for (const address of this.#ownAddresses) addresses.delete(address);
     return [...addresses].sort().slice(0, CONTACTS_MAX);
   }

@@ -286,6 +286,19 @@ describe("membership without a table", () => {
     expect(peer.state).toBe("joining");
   });
 
+  it("membership: a seed's address that turned out to be a linked member's is not dialled beside its own", () => {
+    const self: Member = { id: "a", incarnation: 5, address: "ws://a:1", version: "1" };
+    const peer = new Membership(self, membershipDefaults, 0);
+    const contacts = (): unknown => peer.take().findLast(({ kind }) => kind === "contacts");
+    peer.discovered(["ws://10.0.0.2:1"]);
+    expect(contacts()).toMatchObject({ addresses: ["ws://10.0.0.2:1"] });
+    const b: Member = { id: "b", incarnation: 1, address: "ws://b:1", version: "1" };
+    peer.linkUp(b, 10, "ws://10.0.0.2:1");
+    expect(contacts()).toMatchObject({ addresses: ["ws://b:1"] });
+    peer.linkDown("b", 1, 20);
+    expect(contacts()).toMatchObject({ addresses: ["ws://10.0.0.2:1", "ws://b:1"] });
+  });
+
   it("membership: a lagging process, or a lagging peer, is given up to 2 s more", () => {
     const silence = (ownLagMs: number, peerLagMs: number): number => {
       const peer = new Membership(

@@ -219,6 +219,29 @@ describe.skipIf(!redisAvailable)("redis limits", () => {
     expect(exact).toBeGreaterThan(compared); // Of two allowances at each.
   }, 60_000);
 
+  it("redis limits: a key unused for a year is whole, and exact to the ns", async () => {
+    const rig = await Rig.open(await redis());
+    const limits = { requestsPerMinute: 7, requestBurst: 2, tokensPerMinute: 7, tokenBurst: 1000 };
+    await rig.charge(limits, 1000);
+    await rig.server.command(
+      "PERSIST",
+      /headrace:\S+/.exec(await rig.server.command("KEYS", "*"))?.[0] ?? "",
+    );
+    await rig.pass(31_536_000_001);
+    const { state } = (await rig.charge(limits, 1)) as Extract<
+      LimitStoreReply,
+      { kind: "granted" }
+    >;
+    for (const [part, burst] of [
+      [state.requests, 2],
+      [state.tokens, 1000],
+    ] as const) {
+      const fresh = new Gcra(7, MINUTE_MS, burst);
+      fresh.reserve(1, 0);
+      expect(part).toEqual({ limit: 7, remaining: fresh.remaining(0), resetMs: 8571.428572 });
+    }
+  });
+
   it("redis limits: four peers at once are granted what one would be, to the request", async () => {
     const server = await redis();
     const rigs = await Promise.all([1, 2, 3, 4].map(() => Rig.open(server)));
