@@ -10,6 +10,7 @@ import type {
   CacheVerdict,
   LeaseId,
   LimitState,
+  Limits,
   NodeId,
   RequestId,
   ScrapeSample,
@@ -133,6 +134,48 @@ export type StoreCommand =
 
 /** A missing, corrupt or late entry is a miss; `ttlMs` is what is left of its life. */
 export type StoreGot = { answer?: StoredAnswer; ttlMs: number };
+
+// ---- limits: what keys have used, kept in one place for all peers ---------------------------------------------
+
+/** What is asked of the shared store of limits. It has a clock of its own: no instant travels. */
+export type LimitStoreCommand =
+  /** Checks all limits of the key, in the limiter's order, and charges all or none. */
+  | {
+      kind: "limits.charge";
+      key: string;
+      limits: Limits;
+      requestId: RequestId;
+      tokens: number;
+      /** Its place in flight is free again then, should nobody settle it. */
+      expiresInMs: number;
+      replyTo: ReplyTo<LimitStoreReply>;
+    }
+  /** Ends what was charged: `usedTokens` in place of the reserved ones; `refund`: as if it had never been. */
+  | {
+      kind: "limits.correct";
+      key: string;
+      limits: Limits;
+      requestId: RequestId;
+      charge: LimitCharge;
+      usedTokens: number;
+      refund: boolean;
+    };
+
+/** What one request was charged, for its correction. */
+export type LimitCharge = {
+  tokens: number;
+  /** In the store's allowances, ns; below 0 where there is no such limit. */
+  requestNs: number;
+  tokensNs: number;
+  /** Names the day that it was charged to; 0 without such a limit. */
+  day: number;
+};
+
+/** `state.atMs` is by the store's clock: whoever receives it sets its own. `away`: ask elsewhere. */
+export type LimitStoreReply =
+  | { kind: "granted"; charge: LimitCharge; state: LimitState }
+  | { kind: "refused"; code: ErrorCode; retryAfterMs: number; state: LimitState }
+  | { kind: "away" };
 
 // ---- scraper: engine metrics, health and models ---------------------------------------------------------------
 

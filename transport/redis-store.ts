@@ -22,7 +22,10 @@ import type { Options } from "./options.ts";
 
 /** Where Redis is, and how long a lookup may take. */
 export type StoreOptions = Pick<Options["cache"], "storeTimeoutMs" | "redis">;
-type RedisPlace = NonNullable<StoreOptions["redis"]>;
+/** Where Redis is. */
+export type RedisPlace = NonNullable<StoreOptions["redis"]>;
+/** A connection, or one to each node of a Cluster. */
+export type RedisClient = Redis | Cluster;
 
 /** What the operator should know of goes to the log: lost and found, a policy that does not suit a cache. */
 export type StoreLog = Pick<Log, "info" | "warn">;
@@ -81,11 +84,15 @@ const POLICY = "allkeys-lru";
 export async function openRedisStore(options: StoreOptions, log: StoreLog): Promise<RedisStore> {
   const { redis } = options;
   assert(redis !== undefined, "a store is opened where Redis is configured");
-  const client = await connect(redis);
+  const client = await connectRedis(redis);
   return new RedisStore(client, redis.keyPrefix, options.storeTimeoutMs, log);
 }
 
-async function connect(redis: RedisPlace): Promise<Redis | Cluster> {
+/**
+ * Starts connecting and returns. While it is not connected, commands fail at once; one that is not answered within a
+ * second fails; it connects again by itself, with back-off and jitter. Whoever takes it listens to "error".
+ */
+export async function connectRedis(redis: RedisPlace): Promise<RedisClient> {
   const ioredis = await import("ioredis");
   const { username, password, clusterNodes, sentinels, sentinelMaster, url } = redis;
   const common = {
@@ -136,7 +143,7 @@ function withJitter(ms: number): number {
 
 /** One connection (or one per cluster node), its figures, and its edge. */
 export class RedisStore {
-  readonly #client: Redis | Cluster;
+  readonly #client: RedisClient;
   readonly #keyPrefix: string;
   readonly #timeoutMs: number;
   readonly #log: StoreLog;
@@ -165,7 +172,7 @@ export class RedisStore {
   #healthTimer: NodeJS.Timeout | null = null;
   #closed = false;
 
-  constructor(client: Redis | Cluster, keyPrefix: string, timeoutMs: number, log: StoreLog) {
+  constructor(client: RedisClient, keyPrefix: string, timeoutMs: number, log: StoreLog) {
     this.#client = client;
     this.#keyPrefix = keyPrefix;
     this.#timeoutMs = timeoutMs;
@@ -418,6 +425,31 @@ function fieldOf(info: string, field: string): string | undefined {
 function codeOf(error: unknown): string {
   if (!(error instanceof Error)) return "unknown";
   return "code" in error && typeof error.code === "string" ? error.code : error.message;
+}
+
+/** One Lua script: sent by its hash, and whole where Redis does not know it yet. */
+export class RedisScript {
+  readonly #lua: string;
+  readonly #sha1: string;
+
+  constructor(lua: string) {
+    this.#lua = lua;
+    this.#sha1 = createHash("sha1").update(lua, "utf8").digest("hex");
+  }
+
+  /** All keys must lie in one slot of a Cluster. Rejects as the client does. */
+  async run(
+    client: RedisClient,
+    keys: readonly string[],
+    args: readonly (string | number)[],
+  ): Promise<unknown> {
+    try {
+      return await client.evalsha(this.#sha1, keys.length, ...keys, ...args);
+    } catch (error) {
+      if (!(error instanceof Error) || !error.message.startsWith("NOSCRIPT")) throw error;
+    }
+    return client.eval(this.#lua, keys.length, ...keys, ...args);
+  }
 }
 
 // ---- values -------------------------------------------------------------------------------------------------
