@@ -32,9 +32,9 @@ import {
 export type MembersMessage =
   | { kind: "members.heartbeat"; from: PeerId; incarnation: number; heartbeat: Heartbeat }
   | { kind: "members.view"; view: View }
-  /** The mesh: a handshake is done. `dialled`: the address, where this side had dialled. */
-  | { kind: "members.link_up"; peer: Member; dialled?: string }
-  | { kind: "members.link_down"; id: PeerId; incarnation: number }
+  /** The mesh: there is a link to that peer, or none any more; of two of its lives, the earlier is told down first. */
+  | { kind: "members.link_up"; id: PeerId }
+  | { kind: "members.link_down"; id: PeerId }
   /** What the seeds' list or name stands for now. */
   | { kind: "members.discovered"; addresses: readonly string[] }
   /** The table, as a renewal read it that was sent so long ago. */
@@ -51,12 +51,8 @@ export type ViewChanged = { kind: "members.view_changed"; view: ClusterView };
 /** The cluster as this peer sees it. */
 export type MembersDescription = { epoch: number; members: readonly MemberFact[] };
 
-/** To the mesh of links. */
-export type MeshCommand =
-  /** Who this process is: at the start, and when its incarnation has changed, after which links are made again. */
-  | { kind: "mesh.identity"; self: Member }
-  /** Addresses to be linked with; others need not be dialled any more. */
-  | { kind: "mesh.contacts"; addresses: readonly string[] };
+/** To the mesh of links: addresses to be linked with; others need not be dialled any more. */
+export type MeshCommand = { kind: "mesh.contacts"; addresses: readonly string[] };
 
 /** To the table of leases. */
 export type TableCommand =
@@ -85,8 +81,7 @@ export class MembersActor implements Actor<OwnMessage> {
   readonly #options: MembershipOptions;
   readonly #refs: MembersRefs;
   #membership: Membership | null = null;
-  /** Incarnations of those whose link is up. */
-  readonly #linked = new Map<PeerId, number>();
+  readonly #linked = new Set<PeerId>();
   #load: OwnLoad = { loopLagMs: 0, queueDepth: 0 };
   /** What the table was last told to keep. */
   #kept = "";
@@ -99,7 +94,6 @@ export class MembersActor implements Actor<OwnMessage> {
 
   start(context: Context<OwnMessage>): void {
     this.#membership = new Membership(this.#self, this.#options, context.nowMs);
-    context.tell(this.#refs.mesh, { kind: "mesh.identity", self: this.#self });
     // Spread, so that peers started together do not all send in the same moment.
     context.startTimer("tick", context.random() * this.#options.heartbeatMs, {
       kind: "members.tick",
@@ -123,13 +117,12 @@ export class MembersActor implements Actor<OwnMessage> {
         membership.merge(message.view, nowMs);
         break;
       case "members.link_up":
-        if (this.#linked.size < LINKS_MAX)
-          this.#linked.set(message.peer.id, message.peer.incarnation);
-        membership.linkUp(message.peer, nowMs, message.dialled);
+        if (this.#linked.size < LINKS_MAX) this.#linked.add(message.id);
+        membership.linkUp(message.id, nowMs);
         break;
       case "members.link_down":
-        if (this.#linked.get(message.id) === message.incarnation) this.#linked.delete(message.id);
-        membership.linkDown(message.id, message.incarnation, nowMs);
+        this.#linked.delete(message.id);
+        membership.linkDown(message.id, nowMs);
         break;
       case "members.discovered":
         membership.discovered(message.addresses);
@@ -185,7 +178,7 @@ export class MembersActor implements Actor<OwnMessage> {
       case "heartbeat": {
         const { id: from, incarnation } = membership.self;
         const { heartbeat } = effect;
-        for (const id of this.#linked.keys())
+        for (const id of this.#linked)
           context.tell(peer(id), { kind: "members.heartbeat", from, incarnation, heartbeat });
         return;
       }
@@ -204,8 +197,6 @@ export class MembersActor implements Actor<OwnMessage> {
         if (table !== undefined) context.tell(table, { kind: "table.evict", id, incarnation });
         return;
       }
-      case "reincarnated":
-        return context.tell(mesh, { kind: "mesh.identity", self: membership.self });
       case "event":
         return context.emit(effect.event);
       default:

@@ -167,6 +167,8 @@ export type MembershipEvent =
   | { kind: "membership.left"; id: PeerId; epoch: number }
   /** This peer had been removed by others, and says that it lives. */
   | { kind: "membership.refuted"; epoch: number }
+  /** It goes above an earlier process of its id. */
+  | { kind: "membership.reincarnated"; incarnation: number }
   /** Another process has this peer's id: end this one, or give it another id. */
   | { kind: "membership.superseded"; address: string; incarnation: number }
   /** This process stood still for so long. */
@@ -187,8 +189,6 @@ export type MembershipEffect =
   | { kind: "view_changed"; view: ClusterView }
   /** The table is to end this lease, if it is as old as it seems. */
   | { kind: "evict"; id: PeerId; incarnation: number }
-  /** This process has a higher incarnation now: links are to be made again with it. */
-  | { kind: "reincarnated"; incarnation: number }
   | { kind: "event"; event: MembershipEvent };
 
 /** Of this process, at a tick. */
@@ -216,7 +216,6 @@ const EVICT_MS = 500;
 /** A member, and what this peer alone knows of it. */
 type Entry = ViewEntry & {
   detector: PhiDetector;
-  isLinked: boolean;
   isSuspect: boolean;
   /** The highest heartbeat known, and when it became known here. */
   seq: number;
@@ -239,10 +238,8 @@ export class Membership {
   readonly #entries = new Map<PeerId, Entry>();
   /** As discovered: by list or DNS. */
   #seeds: readonly string[] = [];
-  /** Addresses that turned out to be this process's own. */
-  readonly #ownAddresses = new Set<string>();
-  /** Other addresses under which members were reached: a seed's, by which of them. */
-  readonly #aliases = new Map<string, PeerId>();
+  /** Peers with a link, members or not. */
+  readonly #links = new Set<PeerId>();
   #epoch = 0;
   #seq = 0;
   #load: OwnLoad = { loopLagMs: 0, queueDepth: 0 };
@@ -273,7 +270,6 @@ export class Membership {
     this.#tickedAtMs = nowMs;
     this.#leaseUntilMs = options.table ? Number.NEGATIVE_INFINITY : Number.POSITIVE_INFINITY;
     this.#self = { ...self, state: "joining", stamp: 0 };
-    this.#ownAddresses.add(self.address);
   }
 
   get self(): Member {
@@ -313,7 +309,7 @@ export class Membership {
       ...this.#load,
     };
     const others = [...this.#entries.values()].map((entry): MemberFact => {
-      const { id, incarnation, address, version, isLinked, loopLagMs, queueDepth } = entry;
+      const { id, incarnation, address, version, loopLagMs, queueDepth } = entry;
       const isSuspect = entry.state === "alive" && entry.isSuspect;
       return {
         id,
@@ -322,7 +318,7 @@ export class Membership {
         version,
         state: isSuspect ? "suspect" : entry.state,
         isSelf: false,
-        isLinked,
+        isLinked: this.#links.has(id),
         owns: owners.has(id),
         silentMs: nowMs - entry.evidenceAtMs,
         phi: entry.detector.phi(nowMs, 0),
@@ -341,37 +337,22 @@ export class Membership {
     this.#publish();
   }
 
-  /** A link's handshake is done. @param dialled the address that this side had dialled, if it was this side. */
-  linkUp(peer: Member, nowMs: number, dialled?: string): void {
-    if (peer.id === this.#self.id) {
-      const isSelf =
-        peer.incarnation === this.#self.incarnation && peer.address === this.#self.address;
-      if (isSelf && dialled !== undefined) this.#ownAddresses.add(dialled);
-      if (!isSelf) this.#meetOwn({ ...peer, state: "alive", stamp: 0 });
-      return this.#publish();
-    }
-    if (dialled !== undefined && dialled !== peer.address) {
-      if (this.#aliases.size >= CONTACTS_MAX) this.#aliases.clear();
-      this.#aliases.set(dialled, peer.id);
-    }
-    const known = this.#entries.get(peer.id);
-    if (known === undefined || peer.incarnation > known.incarnation)
-      this.#admit({ ...peer, state: "joining", stamp: 0 }, nowMs);
-    const entry = this.#entries.get(peer.id);
-    if (entry !== undefined && entry.incarnation === peer.incarnation) {
-      entry.isLinked = true;
+  /** There is a link to that peer now: each tells the other what it knows. */
+  linkUp(id: PeerId, nowMs: number): void {
+    if (id === this.#self.id || this.#links.size >= MEMBERS_MAX) return;
+    this.#links.add(id);
+    const entry = this.#entries.get(id);
+    if (entry !== undefined) {
       entry.detector.discard(nowMs);
       entry.evidenceAtMs = nowMs; // It has just answered.
     }
-    this.#sendView(peer.id);
+    this.#sendView(id);
     this.#judge(nowMs);
     this.#publish();
   }
 
-  linkDown(id: PeerId, incarnation: number, nowMs: number): void {
-    const entry = this.#entries.get(id);
-    if (entry === undefined || entry.incarnation !== incarnation) return;
-    entry.isLinked = false;
+  linkDown(id: PeerId, nowMs: number): void {
+    this.#links.delete(id);
     this.#judge(nowMs);
     this.#publish();
   }
@@ -400,6 +381,7 @@ export class Membership {
   /** A peer's view. */
   merge(theirs: View, nowMs: number): void {
     if (this.#isSuperseded) return;
+    const mineEpoch = this.#epoch;
     const mineHash = this.#viewHash();
     const theirHash = hashOfView(theirs.entries);
     for (const entry of theirs.entries.slice(0, MEMBERS_MAX)) {
@@ -407,8 +389,11 @@ export class Membership {
       else this.#admit(entry, nowMs);
     }
     const merged = this.#viewHash();
+    const stamps = theirs.entries.map(({ stamp }) => stamp);
     this.#epoch = Math.max(
-      this.#epoch + (merged === mineHash ? 0 : 1),
+      ...stamps,
+      this.#epoch, // With what this peer says of itself now.
+      mineEpoch + (merged === mineHash ? 0 : 1),
       theirs.epoch + (merged === theirHash ? 0 : 1),
     );
     this.#hasMet = true;
@@ -421,6 +406,7 @@ export class Membership {
   table(snapshot: TableSnapshot, askedAtMs: number, nowMs: number): void {
     if (this.#isSuperseded || this.#self.state === "left") return;
     const { epoch, ageMs, members } = snapshot;
+    const mineEpoch = this.#epoch;
     const mineHash = this.#viewHash();
     this.#hasSeenTable = true;
     const present = new Set<PeerId>();
@@ -442,7 +428,8 @@ export class Membership {
       if (entry.state === "alive" && entry.stamp < epoch)
         this.#admit({ ...plain(entry), state: "removed", stamp: epoch }, nowMs);
     }
-    this.#epoch = Math.max(this.#epoch + (this.#viewHash() === mineHash ? 0 : 1), epoch);
+    const changed = this.#viewHash() === mineHash ? 0 : 1;
+    this.#epoch = Math.max(this.#epoch, mineEpoch + changed, epoch);
     this.#judge(nowMs);
     this.#publish();
   }
@@ -451,7 +438,7 @@ export class Membership {
   leave(): void {
     if (this.#self.state === "left") return;
     this.#setSelf("left", this.#epoch + 1);
-    for (const { id, isLinked } of this.#entries.values()) if (isLinked) this.#sendView(id);
+    for (const id of this.#links) this.#sendView(id);
     this.#publish();
   }
 
@@ -514,7 +501,7 @@ export class Membership {
   /** Whether there is anybody to wait for. */
   #mayMeet(): boolean {
     if (this.#entries.size > 0) return true;
-    return this.#seeds.some((address) => !this.#ownAddresses.has(address));
+    return this.#seeds.some((address) => address !== this.#self.address);
   }
 
   /** What somebody says of this peer's id. */
@@ -550,7 +537,7 @@ export class Membership {
     this.#seq = 0;
     this.#hash = undefined;
     this.#leaseUntilMs = this.#options.table ? Number.NEGATIVE_INFINITY : this.#leaseUntilMs;
-    this.#effects.push({ kind: "reincarnated", incarnation });
+    this.#event({ kind: "membership.reincarnated", incarnation });
   }
 
   #becomeSuperseded({ address, incarnation }: ViewEntry): void {
@@ -613,8 +600,7 @@ export class Membership {
     return {
       ...plain(entry),
       detector: new PhiDetector({ heartbeatMs, pauseMs, sigmaMsMin: sigmaMs }, nowMs),
-      isLinked: false,
-      isSuspect: true, // Until there is a link.
+      isSuspect: true, // Until it is judged.
       seq: 0,
       evidenceAtMs: nowMs,
       loopLagMs: 0,
@@ -645,10 +631,11 @@ export class Membership {
     for (const entry of this.#entries.values()) {
       if (entry.state !== "alive") continue;
       const phi = entry.detector.phi(nowMs, this.#widenMs(entry));
-      const isSuspect = !entry.isLinked || phi >= this.#options.phiMax;
+      const { id } = entry;
+      const isLinked = this.#links.has(id);
+      const isSuspect = !isLinked || phi >= this.#options.phiMax;
       if (isSuspect === entry.isSuspect) continue;
       entry.isSuspect = isSuspect;
-      const { id, isLinked } = entry;
       if (isSuspect) this.#event({ kind: "membership.suspected", id, phi, isLinked });
       else this.#event({ kind: "membership.trusted", id });
     }
@@ -756,12 +743,8 @@ export class Membership {
     const addresses = new Set<string>();
     for (const { address, state, goneAtMs } of this.#entries.values())
       if (state !== "left" || this.#tickedAtMs - goneAtMs < LEFT_DIALLED_MS) addresses.add(address);
-    for (const address of this.#seeds) {
-      const alias = this.#aliases.get(address);
-      const isLinked = alias !== undefined && this.#entries.get(alias)?.isLinked === true;
-      if (!isLinked) addresses.add(address); // Else it would be the same link twice.
-    }
-    for (const address of this.#ownAddresses) addresses.delete(address);
+    for (const address of this.#seeds) addresses.add(address);
+    addresses.delete(this.#self.address);
     return [...addresses].sort().slice(0, CONTACTS_MAX);
   }
 
@@ -812,49 +795,9 @@ function hashOfView(entries: readonly ViewEntry[]): number {
   return hashOf(lines.sort().join("\n"));
 }
 
-// ---- from the wire ---------------------------------------------------------------------------------------------
+// ---- from a table ---------------------------------------------------------------------------------------------
 
-/** The value as a heartbeat, or the rule that it breaks. Copies what it keeps. */
-export function parseHeartbeat(value: unknown): Heartbeat | string {
-  if (!isRecord(value)) return "a heartbeat is an object";
-  const { seq, loopLagMs, queueDepth, epoch, viewHash, renewsLease, heard } = value;
-  if (!isCount(seq)) return "seq is a whole number of at least 0";
-  if (!isAmount(loopLagMs)) return "loopLagMs is a number of at least 0";
-  if (!isCount(queueDepth)) return "queueDepth is a whole number of at least 0";
-  if (!isCount(epoch)) return "epoch is a whole number of at least 0";
-  if (!isCount(viewHash)) return "viewHash is a whole number of at least 0";
-  if (typeof renewsLease !== "boolean") return "renewsLease is true or false";
-  if (!Array.isArray(heard) || heard.length > MEMBERS_MAX)
-    return `heard is a list of at most ${MEMBERS_MAX}`;
-  const list: Heartbeat["heard"][number][] = [];
-  for (const one of heard) {
-    if (!isRecord(one) || !isName(one.id) || !isCount(one.incarnation) || !isCount(one.seq))
-      return "heard names id, incarnation and seq";
-    list.push({ id: one.id, incarnation: one.incarnation, seq: one.seq });
-  }
-  return { seq, loopLagMs, queueDepth, epoch, viewHash, renewsLease, heard: list };
-}
-
-/** The value as a view, or the rule that it breaks. Copies what it keeps. */
-export function parseView(value: unknown): View | string {
-  if (!isRecord(value)) return "a view is an object";
-  const { epoch, entries } = value;
-  if (!isCount(epoch)) return "epoch is a whole number of at least 0";
-  if (!Array.isArray(entries) || entries.length > MEMBERS_MAX)
-    return `entries is a list of at most ${MEMBERS_MAX}`;
-  const list: ViewEntry[] = [];
-  for (const entry of entries) {
-    const member = parseMember(entry);
-    if (typeof member === "string") return member;
-    const { state, stamp } = entry;
-    if (!isMemberState(state)) return "state is joining, alive, removed or left";
-    if (!isCount(stamp) || stamp > epoch) return "stamp is a whole number, at most the epoch";
-    list.push({ ...member, state, stamp });
-  }
-  return { epoch, entries: list };
-}
-
-/** The value as a member, or the rule that it breaks: also for what a table keeps. */
+/** The value as a member, or the rule that it breaks. Copies what it keeps. */
 export function parseMember(value: unknown): Member | string {
   if (!isRecord(value)) return "a member is an object";
   const { id, incarnation, address, version } = value;
@@ -874,14 +817,6 @@ function isName(value: unknown): value is string {
   return typeof value === "string" && value.length >= 1 && value.length <= 256;
 }
 
-function isAmount(value: unknown): value is number {
-  return typeof value === "number" && value >= 0 && Number.isFinite(value);
-}
-
 function isCount(value: unknown): value is number {
-  return isAmount(value) && Number.isSafeInteger(value);
-}
-
-function isMemberState(value: unknown): value is MemberState {
-  return typeof value === "string" && Object.hasOwn(RANK, value);
+  return typeof value === "number" && Number.isSafeInteger(value) && value >= 0;
 }

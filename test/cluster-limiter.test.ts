@@ -1,8 +1,12 @@
 /** 100 requests a second per key, asked for 400 times a second through 4 peers. */
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
+import { ClusterLimiterActor, clusterLimiterDefaults } from "../actors/cluster-limiter.ts";
+import type { LimitStoreCommand } from "../actors/edges.ts";
 import { bucketOf, OwnerTable } from "../actors/ownership.ts";
 import type { Limits } from "../actors/protocol.ts";
+import type { ReplyTo } from "../runtime/actor.ts";
+import { type KitEffect, refTo, testActor } from "./actor-kit.ts";
 import { LimitWorld } from "./limit-world.ts";
 
 fc.configureGlobal({ seed: 20_260_114 });
@@ -245,3 +249,138 @@ describe("cluster limiter: books", () => {
     expect(hash()).toBe(hash());
   });
 });
+
+// ---- the actor alone -------------------------------------------------------------------------------------------
+
+class Kit {
+  readonly kit;
+  #requests = 0;
+
+  constructor(hasStore = false) {
+    const store = hasStore ? { store: refTo<LimitStoreCommand>("store") } : {};
+    this.kit = testActor(
+      new ClusterLimiterActor(
+        { ...clusterLimiterDefaults, self: "peer-2" },
+        { limiter: refTo("limiter"), peer: (id) => refTo(`${id}/limits`), ...store },
+      ),
+    );
+    this.view(1, PEERS);
+  }
+
+  view(epoch: number, owners: readonly string[], lost: readonly string[] = []): void {
+    const view = { epoch, owners, suspects: [], lost };
+    this.kit.send({ kind: "members.view_changed", view });
+    this.kit.take();
+  }
+
+  answer(index: number, value: unknown): void {
+    this.kit.answer(index, { ok: true, value });
+  }
+
+  /** What it asked or told for one request. */
+  admit(key: string, of: Limits = limits): KitEffect[] {
+    this.kit.send({
+      kind: "limiter.admit",
+      requestId: `q${this.#requests++}`,
+      owner: "peer-2/requests",
+      key,
+      limits: of,
+      model: "m",
+      promptTokens: 1,
+      expiresAtMs: this.kit.nowMs + 1000,
+      replyTo: this.kit.replyTo(),
+    });
+    return this.kit.take();
+  }
+}
+
+const targets = (effects: readonly KitEffect[]): string[] =>
+  effects.flatMap((effect) => (effect.kind === "tell" || effect.kind === "ask" ? [effect.to] : []));
+const takeoverIn = ([effect]: readonly KitEffect[]): unknown =>
+  effect?.kind === "tell" ? (effect.message as { takeover?: number }).takeover : undefined;
+
+describe("cluster limiter: the actor alone", () => {
+  it("cluster limiter: each takeover is told with the key's requests for a minute, and only where it was one", () => {
+    const kit = new Kit();
+    kit.kit.advance(61_000);
+    const [own, others] = [keyOf("peer-2"), keyOf("peer-1")];
+    expect(takeoverIn(kit.admit(own))).toBe(0);
+    expect(targets(kit.admit(others))).toEqual(["peer-1/limits"]);
+    // Peer 1 is gone: some of its keys are this peer's now.
+    kit.view(2, ["peer-2", "peer-3", "peer-4"], ["peer-1"]);
+    const table = new OwnerTable(2, ["peer-2", "peer-3", "peer-4"]);
+    const names = Array.from({ length: 100 }, (_, n) => `key-${n}`);
+    const taken = names.find(
+      (n) => ownerOf(n) === "peer-1" && table.owner(bucketOf(n)) === "peer-2",
+    );
+    const first = takeoverIn(kit.admit(taken ?? ""));
+    expect(first).toBeGreaterThan(0);
+    expect(takeoverIn(kit.admit(taken ?? ""))).toBe(first);
+    expect(takeoverIn(kit.admit(own))).toBe(0);
+    kit.kit.advance(60_000);
+    kit.kit.take();
+    expect(takeoverIn(kit.admit(taken ?? ""))).toBe(0);
+  });
+
+  it("cluster limiter: an owner that does not answer in time is told to give back, and not asked for a second", () => {
+    const kit = new Kit();
+    const key = keyOf("peer-1");
+    expect(targets(kit.admit(key))).toEqual(["peer-1/limits"]);
+    kit.kit.advance(150);
+    const effects = kit.kit.take();
+    expect(targets(effects)).toEqual(["peer-1/limits", "limiter"]);
+    expect(effects[0]).toMatchObject({
+      message: { kind: "limits.settle", requestId: "q0", promptTokens: 0, outputTokens: 0 },
+    });
+    expect(effects[1]).toMatchObject({ message: { limits: { requestsPerMinute: RATE * 15 } } });
+    expect(targets(kit.admit(key))).toEqual(["limiter"]);
+    kit.kit.advance(1000);
+    expect(targets(kit.admit(key))).toEqual(["peer-1/limits"]);
+  });
+
+  it("cluster limiter: a peer that names another owner is believed if its view is newer, once", () => {
+    const kit = new Kit();
+    const key = keyOf("peer-1");
+    kit.admit(key);
+    kit.answer(0, { kind: "moved", owner: "peer-3", epoch: 2 });
+    const resent = kit.kit.take();
+    expect(targets(resent)).toEqual(["peer-3/limits"]);
+    kit.answer(1, { kind: "moved", owner: "peer-4", epoch: 3 });
+    expect(targets(kit.kit.take())).toEqual(["limiter"]); // By its share.
+    kit.admit(key);
+    kit.answer(2, { kind: "moved", owner: "peer-2", epoch: 2 });
+    expect(targets(kit.kit.take())).toEqual(["limiter"]);
+    // Whoever asks this peer for a key that it does not keep is told who does.
+    const asked = { from: "peer-4", requestId: "x", key, limits, model: "m", promptTokens: 1 };
+    const reply = kit.kit.ask((replyTo: ReplyTo<unknown>) => ({
+      kind: "limits.admit",
+      ...asked,
+      expiresInMs: 1000,
+      replyTo,
+    }));
+    expect(reply).toEqual({ kind: "moved", owner: "peer-1", epoch: 1 });
+  });
+
+  it("cluster limiter: while the store rests one request alone tries it, and it is asked again once it answers", () => {
+    const kit = new Kit(true);
+    const key = keyOf("peer-2");
+    expect(targets(kit.admit(key))).toEqual(["store"]);
+    kit.answer(0, { kind: "away" });
+    expect(targets(kit.kit.take())).toEqual(["limiter"]);
+    expect(targets(kit.admit(key))).toEqual(["limiter"]);
+    kit.kit.advance(1000);
+    expect(targets(kit.admit(key))).toEqual(["store"]);
+    expect(targets(kit.admit(key))).toEqual(["limiter"]);
+    kit.answer(1, { kind: "granted", charge, state: { atMs: 0 } });
+    kit.kit.take();
+    expect(targets(kit.admit(key))).toEqual(["store"]);
+    expect(targets(kit.admit(key))).toEqual(["store"]);
+  });
+
+  it("cluster limiter: a key without limits is nobody's business but this peer's", () => {
+    const kit = new Kit(true);
+    expect(targets(kit.admit(keyOf("peer-1"), {}))).toEqual(["limiter"]);
+  });
+});
+
+const charge = { tokens: 0, requestNs: 1, tokensNs: -1, day: 0 };

@@ -295,10 +295,9 @@ export class ClusterModel {
     link.dialAtMs = undefined;
     link.brokenSinceMs = undefined;
     link.isUp = true;
-    const [ofA, ofB] = [a.membership.self, b.membership.self];
-    a.membership.linkUp(ofB, this.nowMs, ofB.address);
+    a.membership.linkUp(right, this.nowMs);
     this.#carryOut(a);
-    b.membership.linkUp(ofA, this.nowMs);
+    b.membership.linkUp(left, this.nowMs);
     this.#carryOut(b);
   }
 
@@ -308,8 +307,7 @@ export class ClusterModel {
     link.isUp = false;
     link.brokenSinceMs = undefined;
     const tell = (proc: Proc, other: Proc): void => {
-      const { id, incarnation } = other.membership.self;
-      const run = (): void => proc.membership.linkDown(id, incarnation, this.nowMs);
+      const run = (): void => proc.membership.linkDown(other.id, this.nowMs);
       if (proc.isUp) this.#receive(proc, { kind: "run", run });
     };
     tell(this.#proc(left), this.#proc(right));
@@ -381,9 +379,6 @@ export class ClusterModel {
           break;
         case "evict":
           if (this.#reachesTable(proc.id)) this.#endLease(effect.id, effect.incarnation, EVICT_MS);
-          break;
-        case "reincarnated":
-          this.#breakLinks(proc.id);
           break;
         case "event":
           this.events.push({ atMs: this.nowMs, id: proc.id, event: effect.event });

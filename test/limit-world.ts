@@ -157,12 +157,11 @@ class LimitPeer implements Peer {
   onLinkDown(root: string): void {
     const prefix = `${root}/`;
     this.system?.disconnected((path) => path.startsWith(prefix));
-    const { incarnation } = this.#world.peer(root);
-    this.#tellMembers({ kind: "members.link_down", id: root, incarnation });
+    this.#tellMembers({ kind: "members.link_down", id: root });
   }
 
   onLinkUp(root: string): void {
-    this.#tellMembers({ kind: "members.link_up", peer: this.#world.peer(root).member });
+    this.#tellMembers({ kind: "members.link_up", id: root });
   }
 
   #tellMembers(message: MembersMessage): void {
