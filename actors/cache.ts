@@ -1,5 +1,6 @@
 /**
- * One shard of the answer cache: the answers of its keys, and which identical requests share one run.
+ * One shard of the answer cache: the answers of its keys, which identical requests share one run, and the questions of
+ * its scopes, for others of the same meaning (semantic-shard.ts).
  *
  * A key that is asked for and not in memory has a flight, the only place where its requests meet:
  *
@@ -22,6 +23,9 @@
  * began before a purge. For the same reason an answer is kept only as the end of a flight that was known all
  * along: one that was abandoned, has lapsed, or began before a purge of its tenant stores nothing.
  *
+ * A leader whose question is answered from another entry, by meaning, closes its flight with that answer, which its
+ * joiners get as well. Questions come back from the store in the background after a start; lookups never wait for that.
+ *
  * Behind memory there may be a store, which is asked once per key however many wait, and never waited for
  * longer than its time-out. Everything in memory is lost on a restart: leaders go on, joiners run into their
  * deadlines, the store has the answers. (Joining across shards or processes was refused: a key has one shard.)
@@ -38,10 +42,21 @@ import {
   unreachable,
 } from "../runtime/actor.ts";
 import { InflightMap } from "../runtime/inflight-map.ts";
-import type { StoreCommand, StoreGot } from "./edges.ts";
+import type { Recalled, StoreCommand, StoreGot } from "./edges.ts";
 import { EntryStore } from "./entry-store.ts";
 import type { ErrorCode } from "./errors.ts";
-import type { NodeId, RequestId, StoredAnswer } from "./protocol.ts";
+import type { NodeId, RequestId, StoredAnswer, StoredQuestion } from "./protocol.ts";
+import {
+  type Explored,
+  type InspectedEntry,
+  type JudgedPool,
+  type Matched,
+  NEIGHBOURS,
+  type Question,
+  type SemanticDescription,
+  type SemanticOptions,
+  SemanticShard,
+} from "./semantic-shard.ts";
 
 export type CacheMessage =
   /**
@@ -79,6 +94,41 @@ export type CacheMessage =
     }
   /** All flights and memberships of that request actor are void; joiners of its flights are told `internal`. */
   | { kind: "cache.owner_restarted"; owner: string }
+  /** A leader's question was answered from another one's entry: the joiners get that answer too; it is not kept as theirs. */
+  | {
+      kind: "cache.flight_answered";
+      key: string;
+      flightId: RequestId;
+      answer: StoredAnswer;
+      replyTo: ReplyTo<FlightClosed>;
+    }
+  /** Lookup by meaning, on the shard of the scope. */
+  | { kind: "cache.match"; question: Question; replyTo: ReplyTo<Matched> }
+  /** A question and what a node answered; `explored`: the entry that was passed over for it, and is judged now. */
+  | {
+      kind: "cache.learn";
+      question: Omit<Question, "policy">;
+      answer: StoredAnswer;
+      explored?: Explored;
+      isShadow: boolean;
+    }
+  /** What a node answers where that entry was served. */
+  | { kind: "cache.judge"; explored: Explored; answer: StoredAnswer }
+  /** A caller says that an entry's answer was right, or wrong; wrong ones are gone for good. */
+  | {
+      kind: "cache.feedback";
+      entryId: string;
+      tenant: string;
+      isRight: boolean;
+      replyTo: ReplyTo<{ known: boolean }>;
+    }
+  | {
+      kind: "cache.inspect";
+      tenant: string;
+      count: number;
+      question?: { text: string; vector: Float32Array };
+      replyTo: ReplyTo<{ entries: InspectedEntry[]; judged: JudgedPool[] }>;
+    }
   /** Forgets the answers of a tenant, or all, here and in the store. `removed` counts both copies. */
   | { kind: "cache.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> }
   /** For answers kept from now on; a smaller `bytesMax` drops what no longer fits at once. Both > 0. */
@@ -114,6 +164,8 @@ export type FlightNews =
       attempts: number;
     }
   | { kind: "flight.ended"; requestId: RequestId; flightId: RequestId }
+  /** The leader's question was answered from an entry of the same meaning, and so is this one. */
+  | { kind: "flight.answered"; requestId: RequestId; flightId: RequestId; answer: StoredAnswer }
   | {
       kind: "flight.failed";
       requestId: RequestId;
@@ -131,7 +183,7 @@ export type FlightNews =
   | { kind: "flight.abandoned"; requestId: RequestId; flightId: RequestId };
 
 /** Figures now, then counts since the start. Every lookup is one of hits, storeHits, misses and joins. */
-export type CacheDescription = {
+export type CacheDescription = Partial<SemanticDescription> & {
   entries: number;
   bytes: number;
   bytesMax: number;
@@ -179,7 +231,23 @@ type StorePurged = {
   outcome: AskOutcome<{ removed: number }>;
 };
 type SweepDue = { kind: "cache.sweep_due" };
-type OwnMessage = CacheMessage | StoreAnswered | StorePurged | SweepDue;
+type MaintainDue = { kind: "cache.maintain_due" };
+type RecallDue = { kind: "cache.recall_due" };
+type NearestAnswered = {
+  kind: "cache.nearest_answered";
+  match: Extract<CacheMessage, { kind: "cache.match" }>;
+  outcome: AskOutcome<Recalled>;
+};
+type RecallAnswered = { kind: "cache.recalled"; outcome: AskOutcome<Recalled> };
+type OwnMessage =
+  | CacheMessage
+  | StoreAnswered
+  | StorePurged
+  | SweepDue
+  | MaintainDue
+  | NearestAnswered
+  | RecallDue
+  | RecallAnswered;
 
 export type CacheOptions = {
   /** Life of an answer, > 0. */
@@ -196,6 +264,13 @@ export type CacheOptions = {
   participantsMax: number;
   /** A flight that nobody has ended by then is given up: above the longest that a request may take. */
   flightMsMax: number;
+  /** Lookup by meaning; absent = equal keys only. */
+  semantic?: SemanticOptions;
+  /** The store has an index over all questions and is asked at every match; else they come from it once, at the start. */
+  asksNearest: boolean;
+  /** Of the 4096 buckets that scopes fall into, those whose number modulo `shards` is `shard` are this one's. */
+  shard: number;
+  shards: number;
 };
 
 export const cacheDefaults: Readonly<CacheOptions> = {
@@ -206,6 +281,9 @@ export const cacheDefaults: Readonly<CacheOptions> = {
   flightsMax: 16_384, // About 300 bytes each.
   participantsMax: 65_536,
   flightMsMax: 600_000, // Twice the default of the longest request.
+  asksNearest: false,
+  shard: 0,
+  shards: 1,
 };
 
 /** Time for the store to find and delete what a purge names: it may hold millions. */
@@ -215,6 +293,12 @@ const PURGES_MAX = 64;
 const SWEEP_MS = 1000;
 /** Entries looked at by one timed sweep: some 20 µs. */
 const SWEPT_PER_TIMER = 256;
+/** Between two slices of work on indexes: each takes some ms, and requests go first. */
+const MAINTAIN_MS = 20;
+const BUCKETS = 4096;
+/** Time for a page of questions; a store that is away is asked again after a rest. */
+const RECALL_MS = 5000;
+const RECALL_AGAIN_MS = 2000;
 
 type Waiter = {
   readonly participant: ActorRef<FlightNews>;
@@ -255,12 +339,18 @@ type Failure = { code: ErrorCode; message?: string; retryAfterMs?: number };
 
 const CLOSED: FlightClosed = { kind: "closed" };
 const ALONE: LookupReply = { kind: "alone" };
+const OFF: Matched = { kind: "miss", says: "matching by meaning is off" };
 const INTERNAL: Failure = { code: "internal" };
 
 export class CacheActor implements Actor<OwnMessage> {
   readonly #options: CacheOptions;
   readonly #store: ActorRef<StoreCommand> | undefined;
   readonly #entries: EntryStore;
+  /** Made at the start, which brings its randomness. */
+  #semantic: SemanticShard | undefined;
+  /** What is still to be had back from the store: the bucket, and the page in it. */
+  #recall: { bucket: number; cursor: string } | undefined;
+  #isMaintaining = false;
   /** By key; those that run in the order in which they began, so that the first lapses first. */
   readonly #flights = new InflightMap<string, LookingUp | Running>();
   /** Waiters, joiners, and leaders whose client is there. */
@@ -294,6 +384,15 @@ export class CacheActor implements Actor<OwnMessage> {
     this.#ttlMs = options.ttlMs;
   }
 
+  start(context: Context<OwnMessage>): void {
+    const { semantic, shard } = this.#options;
+    if (semantic === undefined) return;
+    this.#semantic = new SemanticShard(semantic, () => context.random());
+    if (this.#store === undefined || this.#options.asksNearest) return;
+    this.#recall = { bucket: shard, cursor: "" };
+    context.startTimer("recall", 0, { kind: "cache.recall_due" });
+  }
+
   receive(message: OwnMessage, context: Context<OwnMessage>): void {
     switch (message.kind) {
       case "cache.lookup":
@@ -305,6 +404,31 @@ export class CacheActor implements Actor<OwnMessage> {
       case "cache.flight_ended":
         this.#onFlightEnded(message, context);
         if (message.replyTo !== undefined) context.reply(message.replyTo, CLOSED);
+        return;
+      case "cache.flight_answered":
+        this.#onFlightAnswered(message, context);
+        return context.reply(message.replyTo, CLOSED);
+      case "cache.match":
+        if (this.#options.asksNearest) return this.#askNearest(message, context);
+        return this.#replyMatch(message, context);
+      case "cache.nearest_answered":
+        return this.#onNearestAnswered(message, context);
+      case "cache.learn":
+        return this.#onLearn(message, context);
+      case "cache.judge":
+        return this.#semantic?.judge(message.explored, message.answer);
+      case "cache.feedback":
+        return this.#onFeedback(message, context);
+      case "cache.inspect":
+        return this.#onInspect(message, context);
+      case "cache.recall_due":
+        return this.#onRecallDue(context);
+      case "cache.recalled":
+        return this.#onRecalled(message.outcome, context);
+      case "cache.maintain_due":
+        this.#isMaintaining = this.#semantic?.maintain() === true;
+        if (this.#isMaintaining)
+          context.startTimer("maintain", MAINTAIN_MS, { kind: "cache.maintain_due" });
         return;
       case "cache.owner_restarted":
         return this.#onOwnerRestarted(message.owner, context);
@@ -656,6 +780,128 @@ export class CacheActor implements Actor<OwnMessage> {
     return undefined;
   }
 
+  // ---- questions of the same meaning --------------------------------------------------------------------
+
+  #onFlightAnswered(
+    { key, flightId, answer }: Extract<CacheMessage, { kind: "cache.flight_answered" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    const flight = this.#runningOf(key, flightId);
+    if (flight === undefined) return;
+    for (const [requestId, participant] of flight.joiners ?? [])
+      context.tell(participant, { kind: "flight.answered", requestId, flightId, answer });
+    this.#participants -= flight.joiners?.size ?? 0;
+    flight.joiners = null; // All are told: nobody is left for the close to tell.
+    this.#close(key, flight, null, context);
+  }
+
+  #replyMatch(
+    { question, replyTo }: Extract<CacheMessage, { kind: "cache.match" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    context.reply(replyTo, this.#semantic?.match(question, context.nowMs) ?? OFF);
+  }
+
+  /** What the store finds is taken in; then labels, guards and the tenant's mode decide here, as ever. */
+  #askNearest(
+    match: Extract<CacheMessage, { kind: "cache.match" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    const { scope, vector, policy } = match.question;
+    if (this.#store === undefined) return this.#replyMatch(match, context);
+    context.ask<StoreCommand, Recalled>(
+      this.#store,
+      this.#options.storeTimeoutMs,
+      (replyTo) => ({
+        kind: "store.nearest",
+        scope,
+        vector,
+        similarityMin: policy.similarityMin,
+        count: NEIGHBOURS,
+        replyTo,
+      }),
+      (outcome) => ({ kind: "cache.nearest_answered", match, outcome }),
+    );
+  }
+
+  #onNearestAnswered({ match, outcome }: NearestAnswered, context: Context<OwnMessage>): void {
+    if (outcome.ok) this.#adopt(outcome.value.questions, context);
+    else this.#storeFailures++;
+    this.#replyMatch(match, context);
+  }
+
+  #adopt(questions: readonly StoredQuestion[], context: Context<OwnMessage>): void {
+    if (questions.length === 0) return;
+    for (const question of questions)
+      if (!this.#isPurging(question.tenant)) this.#semantic?.adopt(question, context.nowMs);
+    this.#armSweep(context);
+    this.#armMaintenance(context);
+  }
+
+  #onLearn(
+    { question, answer, explored, isShadow }: Extract<CacheMessage, { kind: "cache.learn" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    const { nowMs } = context;
+    const made = this.#semantic?.learn(question, answer, explored, isShadow, nowMs);
+    if (made === undefined) return;
+    this.#armSweep(context);
+    this.#armMaintenance(context);
+    if (this.#store !== undefined)
+      context.tell(this.#store, { kind: "store.remember", question: made });
+  }
+
+  #onFeedback(
+    { entryId, tenant, isRight, replyTo }: Extract<CacheMessage, { kind: "cache.feedback" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    const scope = this.#semantic?.scopeOf(entryId);
+    const known = this.#semantic?.feedback(entryId, tenant, isRight) === true;
+    if (known && !isRight && scope !== undefined && this.#store !== undefined)
+      context.tell(this.#store, { kind: "store.forget", entryId, scope, tenant });
+    context.reply(replyTo, { known });
+  }
+
+  #onInspect(
+    { tenant, count, question, replyTo }: Extract<CacheMessage, { kind: "cache.inspect" }>,
+    context: Context<OwnMessage>,
+  ): void {
+    const entries = this.#semantic?.inspect(tenant, count, context.nowMs, question) ?? [];
+    context.reply(replyTo, { entries, judged: this.#semantic?.judged() ?? [] });
+  }
+
+  /** Asks for the next page; lookups go on meanwhile with what is there. */
+  #onRecallDue(context: Context<OwnMessage>): void {
+    if (this.#recall === undefined || this.#store === undefined) return;
+    const { bucket, cursor } = this.#recall;
+    context.ask<StoreCommand, Recalled>(
+      this.#store,
+      RECALL_MS,
+      (replyTo) => ({ kind: "store.recall", bucket, cursor, replyTo }),
+      (outcome) => ({ kind: "cache.recalled", outcome }),
+    );
+  }
+
+  #onRecalled(outcome: AskOutcome<Recalled>, context: Context<OwnMessage>): void {
+    if (this.#recall === undefined) return;
+    if (!outcome.ok) {
+      this.#storeFailures++;
+      context.startTimer("recall", RECALL_AGAIN_MS, { kind: "cache.recall_due" });
+      return;
+    }
+    const { questions, cursor } = outcome.value;
+    this.#adopt(questions, context);
+    const next = this.#recall.bucket + (cursor === undefined ? this.#options.shards : 0);
+    this.#recall = next < BUCKETS ? { bucket: next, cursor: cursor ?? "" } : undefined;
+    this.#onRecallDue(context);
+  }
+
+  #armMaintenance(context: Context<OwnMessage>): void {
+    if (this.#isMaintaining) return;
+    this.#isMaintaining = true;
+    context.startTimer("maintain", MAINTAIN_MS, { kind: "cache.maintain_due" });
+  }
+
   // ---- purging and sweeping ---------------------------------------------------------------------------------
 
   #onPurge(
@@ -663,7 +909,7 @@ export class CacheActor implements Actor<OwnMessage> {
     replyTo: ReplyTo<{ removed: number }>,
     context: Context<OwnMessage>,
   ): void {
-    const removed = this.#entries.purge(tenant);
+    const removed = this.#entries.purge(tenant) + (this.#semantic?.purge(tenant) ?? 0);
     for (const flight of this.#flights.values())
       if (tenant === undefined || flight.tenant === tenant) flight.purged = true;
     const purge = { tenant, removed, replyTo };
@@ -728,11 +974,14 @@ export class CacheActor implements Actor<OwnMessage> {
       context.emit(event);
       this.#close(key, flight, INTERNAL, context);
     }
-    if (this.#entries.size > 0 || this.#flights.size > 0) this.#armSweep(context);
+    this.#semantic?.sweep(context.nowMs, SWEPT_PER_TIMER);
+    const holds = this.#entries.size > 0 || this.#flights.size > 0;
+    if (holds || (this.#semantic?.size ?? 0) > 0) this.#armSweep(context);
   }
 
   #describe(): CacheDescription {
     return {
+      ...this.#semantic?.describe(),
       entries: this.#entries.size,
       bytes: this.#entries.bytes,
       bytesMax: this.#entries.bytesMax,

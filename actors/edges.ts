@@ -15,6 +15,7 @@ import type {
   RequestId,
   ScrapeSample,
   StoredAnswer,
+  StoredQuestion,
   Usage,
 } from "./protocol.ts";
 
@@ -95,7 +96,9 @@ export type UpstreamFailure =
 /** Facts for the answer's headers. */
 export type AnswerFacts = {
   cache: CacheVerdict;
+  /** Of a semantic hit, with the entry that answered. */
   similarity?: number;
+  entryId?: string;
   node?: NodeId;
   attempts: number;
   queuedMs: number;
@@ -121,6 +124,8 @@ export type FrontCommand =
   /** The flight that this request led is over: its body and answer leave the data plane. Comes after every
    *  `front.attach` to that flight; readers that are attached read on to the end. */
   | { kind: "front.forget"; requestId: RequestId }
+  /** A semantic hit was served and is to be judged: ask a node the same, for nobody. Comes before `forget`. */
+  | { kind: "front.ask_again"; requestId: RequestId; entryId: string; similarity: number }
   /** The request actor lost its state: every open request it held is answered `internal`. */
   | { kind: "front.requests_lost" };
 
@@ -130,7 +135,25 @@ export type FrontCommand =
 export type StoreCommand =
   | { kind: "store.get"; key: string; tenant: string; replyTo: ReplyTo<StoreGot> }
   | { kind: "store.put"; key: string; tenant: string; answer: StoredAnswer; ttlMs: number }
-  | { kind: "store.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> };
+  | { kind: "store.purge"; tenant?: string; replyTo: ReplyTo<{ removed: number }> }
+  /** Keeps a question with its vector and answer, for a shard that begins anew. */
+  | { kind: "store.remember"; question: StoredQuestion }
+  /** Found wrong: no shard shall get it back. */
+  | { kind: "store.forget"; entryId: string; scope: string; tenant: string }
+  /** The nearest questions of a scope, where the store has an index of its own. */
+  | {
+      kind: "store.nearest";
+      scope: string;
+      vector: Float32Array;
+      similarityMin: number;
+      count: number;
+      replyTo: ReplyTo<Recalled>;
+    }
+  /** The questions of one of 4096 buckets (first 12 bits of the scope), a page at a time; "" asks for the first. */
+  | { kind: "store.recall"; bucket: number; cursor: string; replyTo: ReplyTo<Recalled> };
+
+/** A page of questions; without `cursor` it was the last. What is corrupt or expired is left out. */
+export type Recalled = { questions: StoredQuestion[]; cursor?: string };
 
 /** A missing, corrupt or late entry is a miss; `ttlMs` is what is left of its life. */
 export type StoreGot = { answer?: StoredAnswer; ttlMs: number };
@@ -190,3 +213,56 @@ export type ScraperEvent =
   | { kind: "scraper.failed"; reason: string }
   | { kind: "scraper.health"; ok: boolean; detail: string }
   | { kind: "scraper.models"; models: readonly string[]; adapters: readonly string[] };
+
+// ---- embedder: text to vector -----------------------------------------------------------------------------------
+
+export type EmbedderCommand =
+  /** One reply, always, within the embedder's `timeoutMs` of its arrival. */
+  | { kind: "embedder.embed"; requestId: RequestId; text: string; replyTo: ReplyTo<Embedded> }
+  | { kind: "embedder.describe"; replyTo: ReplyTo<EmbedderDescription> };
+
+/** `vector`: of norm 1 and of the identity's dimension. Without one a lookup goes on as a miss, never an error. */
+export type Embedded =
+  | { kind: "vector"; vector: Float32Array }
+  | { kind: "unavailable"; reason: NoVector };
+
+/** Why a text got no vector. */
+export type NoVector =
+  | "starting" // the self-test has not ended
+  | "resting" // it failed a while ago and is tried again
+  | "off" // until the process starts again; health says why
+  | "busy" // the queue is full; or the text is long, and others wait
+  | "late" // not embedded in time
+  | "empty" // nothing but spaces and control characters
+  | "too_long" // the model would read only its head, and two questions may differ behind that
+  | "unknown_words" // the model knows less than half of it, so that its vector says little
+  | "failed" // refused or failed, this time
+  | "bad_vector"; // what came is no unit vector of the right dimension
+
+/** Belongs to every scope: vectors of different embedders never meet. */
+export type EmbedderIdentity = {
+  /** "transformers:Xenova/paraphrase-multilingual-MiniLM-L12-v2". */
+  readonly id: string;
+  /** Changes with the weights, as far as that can be seen. */
+  readonly version: string;
+  readonly dimension: number;
+};
+
+/** Vectors come only from a healthy one; a resting one is tried again, an off one is not. */
+export type EmbedderState = "starting" | "healthy" | "resting" | "off";
+
+/** For health and metrics; counts are since the start. */
+export type EmbedderDescription = {
+  state: EmbedderState;
+  /** Why it is not healthy; "" when it is. */
+  reason: string;
+  /** Known once it has been healthy; never changes after that. */
+  identity?: EmbedderIdentity;
+  /** Texts waiting now. */
+  queued: number;
+  vectors: number;
+  unavailable: Readonly<Record<NoVector, number>>;
+  batches: number;
+  /** All batches together: `batchMs / batches` is the mean time of one. */
+  batchMs: number;
+};

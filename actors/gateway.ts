@@ -3,8 +3,8 @@
  * production and for the simulator: they differ in the edges, the clock, the seed and the network.
  *
  *   headrace
- *   ├── edges      front, upstream, scraper, store: whose inside is I/O, or a model
- *   ├── cache      CacheActors, sharded by key
+ *   ├── edges      front, upstream, scraper, store, embedder: whose inside is I/O, or a model
+ *   ├── cache      CacheActors, sharded by key and by scope
  *   ├── limiter    RateLimiterActor
  *   ├── nodes      one GpuNodeActor per inference node
  *   ├── router     RouterActor
@@ -14,7 +14,13 @@
  */
 import type { Actor, ActorRef, ChildSpec, SupervisorSpec } from "../runtime/actor.ts";
 import { CacheActor, type CacheMessage, type CacheOptions } from "./cache.ts";
-import type { FrontCommand, ScraperCommand, StoreCommand, UpstreamCommand } from "./edges.ts";
+import type {
+  EmbedderCommand,
+  FrontCommand,
+  ScraperCommand,
+  StoreCommand,
+  UpstreamCommand,
+} from "./edges.ts";
 import { GpuNodeActor, type GpuNodeMessage, type GpuNodeOptions } from "./gpu-node.ts";
 import type { NodeId } from "./protocol.ts";
 import {
@@ -33,7 +39,7 @@ export type GatewaySettings = {
   /** Cache actors, 1…4096. */
   cacheShards: number;
   /** `bytesMax` is that of all shards together. */
-  cache: CacheOptions;
+  cache: Omit<CacheOptions, "shard" | "shards">;
   limiter: RateLimiterOptions;
   router: RouterSettings;
   /** Every turn of the router is told as an event. */
@@ -50,6 +56,8 @@ export type EdgeFactories = {
   scraper: () => Actor<ScraperCommand>;
   /** Absent: the cache lives in memory only. */
   store?: () => Actor<StoreCommand>;
+  /** Absent: nothing is matched by meaning. */
+  embedder?: () => Actor<EmbedderCommand>;
 };
 
 /** Id of a process's tree, unless several processes are told apart by theirs. */
@@ -69,6 +77,7 @@ export class GatewayRefs {
   readonly upstream: ActorRef<UpstreamCommand>;
   readonly scraper: ActorRef<ScraperCommand>;
   readonly store: ActorRef<StoreCommand>;
+  readonly embedder: ActorRef<EmbedderCommand>;
   readonly cacheShards: readonly ActorRef<CacheMessage>[];
   readonly limiter: ActorRef<RateLimiterMessage>;
   readonly router: ActorRef<RouterMessage>;
@@ -83,6 +92,7 @@ export class GatewayRefs {
     this.upstream = makeRef(`${root}/edges/upstream`);
     this.scraper = makeRef(`${root}/edges/scraper`);
     this.store = makeRef(`${root}/edges/store`);
+    this.embedder = makeRef(`${root}/edges/embedder`);
     this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`${root}/cache/${i}`));
     this.limiter = makeRef(`${root}/limiter`);
     this.router = makeRef(`${root}/router`);
@@ -112,7 +122,7 @@ export class GatewayRefs {
     this.#nodes.delete(node);
   }
 
-  /** The shard that owns a cache key (hex): its first 12 bits name one of 4096 buckets. */
+  /** The shard that owns a cache key, a scope or an entry (hex): its first 12 bits name one of 4096 buckets. */
   cache(key: string): ActorRef<CacheMessage> {
     const bucket = Number.parseInt(key.slice(0, 3), 16);
     const shard = this.cacheShards[bucket % this.cacheShards.length];
@@ -132,11 +142,8 @@ export function gatewayTree(
   refs: GatewayRefs,
   edges: EdgeFactories,
 ): SupervisorSpec {
-  const { store } = edges;
-  const cache: CacheOptions = {
-    ...settings.cache,
-    bytesMax: Math.floor(settings.cache.bytesMax / settings.cacheShards),
-  };
+  const { store, embedder } = edges;
+  const cache = cacheOptions(settings, embedder !== undefined);
   const cacheStore = store === undefined ? undefined : refs.store;
   // Above the 5 crashes that park a child: one actor that cannot live is parked, many end the process.
   return supervisor(refs.root, 10, 60_000, [
@@ -145,13 +152,14 @@ export function gatewayTree(
       actor<UpstreamCommand>("upstream", edges.upstream),
       actor<ScraperCommand>("scraper", edges.scraper),
       ...(store === undefined ? [] : [actor<StoreCommand>("store", store)]),
+      ...(embedder === undefined ? [] : [actor<EmbedderCommand>("embedder", embedder)]),
     ]),
     supervisor(
       "cache",
       10,
       60_000,
-      refs.cacheShards.map((_, i) =>
-        actor<CacheMessage>(String(i), () => new CacheActor(cache, cacheStore)),
+      refs.cacheShards.map((_, shard) =>
+        actor<CacheMessage>(String(shard), () => new CacheActor({ ...cache, shard }, cacheStore)),
       ),
     ),
     actor<RateLimiterMessage>("limiter", () => new RateLimiterActor(settings.limiter)),
@@ -169,8 +177,25 @@ export function gatewayTree(
       });
       return settings.logsRouter ? new LoggedRouter(router) : router;
     }),
-    actor<RequestMessage>("requests", () => new RequestActor(settings.requests, requestRefs(refs))),
+    actor<RequestMessage>(
+      "requests",
+      () => new RequestActor(settings.requests, requestRefs(refs, embedder !== undefined)),
+    ),
   ]);
+}
+
+/** Each shard's part of the memory. Without an embedder there is nothing to match. */
+function cacheOptions({ cache, cacheShards: shards }: GatewaySettings, isEmbedding: boolean) {
+  const { semantic, ...exact } = cache;
+  const share = (bytes: number): number => Math.floor(bytes / shards);
+  return {
+    ...exact,
+    bytesMax: share(exact.bytesMax),
+    shards,
+    ...(semantic === undefined || !isEmbedding
+      ? {}
+      : { semantic: { ...semantic, bytesMax: share(semantic.bytesMax) } }),
+  };
 }
 
 /** The child that stands for one inference node. One that is added later is to be told of the router. */
@@ -187,8 +212,9 @@ export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNo
   );
 }
 
-function requestRefs(refs: GatewayRefs) {
+function requestRefs(refs: GatewayRefs, isEmbedding: boolean) {
   return {
+    ...(isEmbedding ? { embedder: refs.embedder } : {}),
     cache: (key: string) => refs.cache(key),
     cacheShards: refs.cacheShards,
     limiter: refs.limiter,

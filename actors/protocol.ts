@@ -2,7 +2,8 @@
  * What the actors say to each other about requests, nodes and answers: shared types only. A message that
  * one actor alone receives stands in that actor's file; the protocols of the edges stand in edges.ts.
  *
- * Everything here is plain data. Prompts never appear: actors see lengths and hashes. `AtMs` is monotonic
+ * Everything here is plain data. Of prompts, actors see lengths and hashes; only a question that may be matched by
+ * meaning travels as text, to the embedder and the cache. `AtMs` is monotonic
  * process time (`context.nowMs`); an absent optional field means "unknown", never 0.
  */
 
@@ -68,6 +69,10 @@ export type RequestFacts = {
   /** Chained block hashes, only while a recording runs. */
   prefix?: number[];
   session?: string;
+  /** Present when the question may be matched by meaning; its text travels beside the facts, which are kept. */
+  semantic?: { scope: string; policy: SemanticPolicy };
+  /** The answer is wanted only to judge that entry, which was served at this similarity. */
+  judges?: { entryId: string; similarity: number };
 };
 
 /** A whole answer, as kept by the cache. Immutable once made. */
@@ -79,6 +84,34 @@ export type StoredAnswer = {
   model: string;
   promptTokens: number;
   outputTokens: number;
+};
+
+/** How a tenant's questions are matched by meaning. */
+export type SemanticPolicy = {
+  /** shadow: judged, never served; fixed: served at the threshold; verified: served where labels bound the error. */
+  mode: "shadow" | "fixed" | "verified";
+  /** Least cosine of two questions, 0..1. */
+  similarityMin: number;
+  /** Share of wrong answers among served ones that verified mode allows, in (0, 1). */
+  errorRateMax: number;
+  /** Both questions may have no content word of their own, either. */
+  isStrict: boolean;
+};
+
+/** A question with its answer, as the cache keeps it for others of the same meaning. Immutable once made. */
+export type StoredQuestion = {
+  entryId: string;
+  /** sha256 (hex) over all that must be equal. */
+  scope: string;
+  tenant: string;
+  model: string;
+  text: string;
+  /** Of norm 1. */
+  vector: Float32Array;
+  answer: StoredAnswer;
+  /** Left of its life, and how old it is. */
+  ttlMs: number;
+  ageMs: number;
 };
 
 /** Token counts of one attempt: as the engine states them, else counted from the stream. */
@@ -221,4 +254,6 @@ export type RequestRecord = {
   usage?: Usage;
   stored?: boolean;
   notStored?: string;
+  /** What came of matching by meaning, in words without the question. */
+  semantic?: { says: string; entryId?: string; similarity?: number };
 };

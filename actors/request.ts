@@ -3,7 +3,9 @@
  *
  *   looking ──hit──▶ (answered)
  *      │──join──▶ joined ──committed──▶ following ──▶ (ended)
- *      ▼                └──promoted──┐
+ *      │                └──promoted──┐
+ *   matching ──hit by meaning──▶ (answered, and who joined with it)
+ *      ▼                             │
  *   admitting ◀──────────────────────┘
  *      ▼
  *   choosing ◀──retry── backing_off
@@ -16,7 +18,8 @@
  * leader whose client left goes on while others share its flight; when the last one has left, the cache says
  * so and the attempt is aborted. One deadline timer per request covers every state.
  *
- * It sees no byte of a prompt or an answer but whole answers on their way to the cache. Its state is lost on
+ * It sees no byte of a prompt or an answer but whole answers on their way to the cache, and the questions that are
+ * matched by meaning on theirs. Its state is lost on
  * a restart: `start` then tells every owner (`owner_restarted`), so that leases, reservations and flights are
  * freed and every open client gets an error instead of silence.
  */
@@ -33,6 +36,8 @@ import { InflightMap } from "../runtime/inflight-map.ts";
 import type { CacheMessage, FlightClosed, FlightNews, FlightResult, LookupReply } from "./cache.ts";
 import type {
   AnswerFacts,
+  Embedded,
+  EmbedderCommand,
   FrontCommand,
   UpstreamCommand,
   UpstreamEvent,
@@ -52,22 +57,27 @@ import type {
   RequestFacts,
   RequestId,
   RequestRecord,
+  StoredAnswer,
   Usage,
 } from "./protocol.ts";
 import type { AdmitReply, RateLimiterMessage } from "./rate-limiter.ts";
 import { backoffMs, failureRules } from "./retry-policy.ts";
 import type { ChooseReply, RouterMessage } from "./router.ts";
+import type { Explored, Matched } from "./semantic-shard.ts";
 import { TtftBands } from "./ttft-bands.ts";
 
 /** What the request actor is told: by the front, by the upstream edge, by caches, and by its own asks and timers. */
 export type RequestMessage =
-  | { kind: "request.submit"; facts: RequestFacts }
+  /** `question`: the last user turn, where `facts.semantic` says that it may be matched by meaning. */
+  | { kind: "request.submit"; facts: RequestFacts; question?: string }
   | { kind: "request.client_left"; requestId: RequestId }
   | { kind: "request.configure"; options: RequestOptions }
   | { kind: "request.describe"; replyTo: ReplyTo<RequestDescription> }
   | UpstreamEvent
   | FlightNews
   | LookedUp
+  | GotVector
+  | GotMatch
   | Admitted
   | Chosen
   | { kind: "request.deadline"; requestId: RequestId }
@@ -81,6 +91,8 @@ type LookedUp = {
   requestId: RequestId;
   outcome: AskOutcome<LookupReply>;
 };
+type GotVector = { kind: "request.embedded"; requestId: RequestId; outcome: AskOutcome<Embedded> };
+type GotMatch = { kind: "request.matched"; requestId: RequestId; outcome: AskOutcome<Matched> };
 type Admitted = {
   kind: "request.admitted";
   requestId: RequestId;
@@ -103,6 +115,10 @@ export type RequestOptions = {
   totalMs: number;
   /** How long the cache's answer is waited for before the request goes on without it. */
   lookupMs: number;
+  /** What matching by meaning may take, vector included; then the request goes on without it. */
+  matchMs: number;
+  /** Share of semantic hits that are judged by asking a node as well, 0..1. */
+  judgeRatio: number;
   /** How long the limiter's answer is waited for; then the request goes on without a limit, and says so. */
   admitMs: number;
 };
@@ -117,10 +133,13 @@ export type RequestRefs = {
   nodes: () => readonly NodeId[];
   upstream: ActorRef<UpstreamCommand>;
   front: ActorRef<FrontCommand>;
+  /** Absent: nothing is matched by meaning. */
+  embedder?: ActorRef<EmbedderCommand>;
 };
 
 const phases = [
   "looking",
+  "matching",
   "admitting",
   "choosing",
   "running",
@@ -142,6 +161,8 @@ type Request = {
   /** The flight that it joined, if any. */
   flightId: RequestId;
   cache: CacheVerdict;
+  /** Of a question that may be matched by meaning. */
+  match: Match | null;
   limits: LimitState | undefined;
   reserved: boolean;
   attempt: number;
@@ -158,6 +179,17 @@ type Request = {
   ttftMs: number | undefined;
   attached: boolean;
   started: boolean;
+};
+
+/** How a question is matched by meaning. */
+type Match = {
+  readonly text: string;
+  readonly scope: string;
+  readonly untilMs: number;
+  vector: Float32Array | undefined;
+  /** The entry that was passed over, and is judged by the node's answer. */
+  explored: Explored | undefined;
+  says: string;
 };
 
 const NOTHING_MORE = {};
@@ -207,11 +239,15 @@ export class RequestActor implements Actor<RequestMessage> {
   receive(message: RequestMessage, context: Context<RequestMessage>): void {
     switch (message.kind) {
       case "request.submit":
-        return this.#onSubmit(message.facts, context);
+        return this.#onSubmit(message.facts, message.question, context);
       case "request.client_left":
         return this.#onClientLeft(message.requestId, context);
       case "request.looked_up":
         return this.#onLookedUp(message, context);
+      case "request.embedded":
+        return this.#onEmbedded(message, context);
+      case "request.matched":
+        return this.#onMatched(message, context);
       case "request.admitted":
         return this.#onAdmitted(message, context);
       case "request.chosen":
@@ -240,6 +276,8 @@ export class RequestActor implements Actor<RequestMessage> {
         return this.#onFlightCommitted(message, context);
       case "flight.ended":
         return this.#onFlightEnded(message, context);
+      case "flight.answered":
+        return this.#onFlightAnswered(message, context);
       case "flight.failed":
         return this.#onFlightFailed(message, context);
       case "flight.promoted":
@@ -258,7 +296,11 @@ export class RequestActor implements Actor<RequestMessage> {
 
   // ---- arrival and cache ------------------------------------------------------------------------------
 
-  #onSubmit(facts: RequestFacts, context: Context<RequestMessage>): void {
+  #onSubmit(
+    facts: RequestFacts,
+    question: string | undefined,
+    context: Context<RequestMessage>,
+  ): void {
     if (this.#requests.has(facts.requestId)) return; // A duplicate: the first one answers.
     const request: Request = {
       facts,
@@ -268,6 +310,17 @@ export class RequestActor implements Actor<RequestMessage> {
       awaitsClosing: false,
       flightId: facts.requestId,
       cache: facts.cacheKey === undefined ? "bypass" : "miss",
+      match:
+        question === undefined || facts.semantic === undefined
+          ? null
+          : {
+              text: question,
+              scope: facts.semantic.scope,
+              untilMs: 0,
+              vector: undefined,
+              explored: undefined,
+              says: "",
+            },
       limits: undefined,
       reserved: false,
       attempt: 0,
@@ -337,9 +390,9 @@ export class RequestActor implements Actor<RequestMessage> {
         return this.#end(request, "ok", undefined, context);
       case "lead":
         request.leads = true;
-        return this.#admit(request, context);
+        return this.#match(request, context);
       case "alone":
-        return this.#admit(request, context);
+        return this.#match(request, context);
       case "join":
         request.cache = "joined";
         request.flightId = reply.flightId;
@@ -350,6 +403,120 @@ export class RequestActor implements Actor<RequestMessage> {
       default:
         return unreachable(reply);
     }
+  }
+
+  // ---- matching by meaning ------------------------------------------------------------------------------
+
+  /** Text to vector, vector to entry: in `matchMs` in all, or the request goes on without. */
+  #match(request: Request, context: Context<RequestMessage>): void {
+    const { facts, match } = request;
+    const { embedder } = this.#refs;
+    if (match === null || embedder === undefined || !facts.cacheRead)
+      return this.#admit(request, context);
+    const { requestId } = facts;
+    const { text } = match;
+    const { matchMs } = this.#options;
+    request.phase = "matching"; // At most matchMs long: its deadline timer starts after it.
+    request.match = { ...match, untilMs: context.nowMs + matchMs };
+    context.ask<EmbedderCommand, Embedded>(
+      embedder,
+      matchMs,
+      (replyTo) => ({ kind: "embedder.embed", requestId, text, replyTo }),
+      (outcome) => ({ kind: "request.embedded", requestId, outcome }),
+    );
+  }
+
+  #onEmbedded({ requestId, outcome }: GotVector, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request?.phase !== "matching" || request.match === null) return;
+    const { facts, match } = request;
+    if (!outcome.ok || outcome.value.kind === "unavailable") {
+      const why =
+        outcome.ok && outcome.value.kind === "unavailable" ? outcome.value.reason : "late";
+      match.says = `no vector: ${why}`;
+      return this.#admit(request, context);
+    }
+    const { vector } = outcome.value;
+    match.vector = vector;
+    const leftMs = match.untilMs - context.nowMs;
+    if (facts.semantic === undefined || leftMs <= 0) {
+      match.says = "the vector came too late";
+      return this.#admit(request, context);
+    }
+    const { scope, policy } = facts.semantic;
+    const { tenant, model = "" } = facts;
+    context.ask<CacheMessage, Matched>(
+      this.#refs.cache(scope),
+      leftMs,
+      (replyTo) => ({
+        kind: "cache.match",
+        question: { scope, tenant, model, text: match.text, vector, policy },
+        replyTo,
+      }),
+      (to) => ({ kind: "request.matched", requestId, outcome: to }),
+    );
+  }
+
+  #onMatched({ requestId, outcome }: GotMatch, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request?.phase !== "matching" || request.match === null) return;
+    const { match } = request;
+    if (!outcome.ok) {
+      match.says = "the shard did not answer in time";
+      return this.#admit(request, context);
+    }
+    const matched = outcome.value;
+    match.says = matched.says;
+    if (matched.kind === "miss") return this.#admit(request, context);
+    const { entryId, similarity } = matched;
+    match.explored = { entryId, similarity };
+    if (matched.kind === "explore") return this.#admit(request, context);
+    request.cache = "hit_semantic";
+    if (context.random() < this.#options.judgeRatio)
+      context.tell(this.#refs.front, { kind: "front.ask_again", requestId, entryId, similarity });
+    if (request.clientPresent) {
+      const facts = this.#answerFacts(request, context.nowMs, matched.ageMs);
+      facts.similarity = similarity;
+      facts.entryId = entryId;
+      const { answer } = matched;
+      context.tell(this.#refs.front, { kind: "front.answer", requestId, answer, facts });
+    }
+    this.#shareAnswer(request, matched.answer, context);
+    this.#end(request, "ok", undefined, context);
+  }
+
+  /** Whoever joined this request's flight has asked the same. */
+  #shareAnswer(request: Request, answer: StoredAnswer, context: Context<RequestMessage>): void {
+    const { cacheKey: key, requestId } = request.facts;
+    if (!request.leads || key === undefined) return;
+    request.leads = false;
+    request.awaitsClosing = true;
+    context.ask<CacheMessage, FlightClosed>(
+      this.#refs.cache(key),
+      CLOSE_MS,
+      (replyTo) => ({ kind: "cache.flight_answered", key, flightId: requestId, answer, replyTo }),
+      () => ({ kind: "request.flight_closed", requestId }),
+    );
+  }
+
+  /** A node has answered: its question is kept, or the entry that it was asked about is judged. */
+  #learn(request: Request, answer: StoredAnswer, context: Context<RequestMessage>): void {
+    const { facts, match } = request;
+    const { judges, semantic, tenant, model = "" } = facts;
+    if (judges !== undefined) {
+      const to = this.#refs.cache(judges.entryId);
+      return context.tell(to, { kind: "cache.judge", explored: judges, answer });
+    }
+    if (match?.vector === undefined || semantic === undefined || !facts.cacheWrite) return;
+    const { scope, policy } = semantic;
+    const { text, vector, explored } = match;
+    context.tell(this.#refs.cache(scope), {
+      kind: "cache.learn",
+      question: { scope, tenant, model, text, vector },
+      answer,
+      ...(explored === undefined ? {} : { explored }),
+      isShadow: policy.mode === "shadow",
+    });
   }
 
   // ---- admission ----------------------------------------------------------------------------------------
@@ -590,6 +757,7 @@ export class RequestActor implements Actor<RequestMessage> {
     this.#release(request, "ok", event.usage, event.decodeMs, context);
     if (request.phase === "running") this.#commit(request, context); // It came whole.
     this.#settle(request, event.usage, context);
+    if (event.answer !== undefined) this.#learn(request, event.answer, context);
     const stores = event.answer !== undefined && request.leads;
     const reason = event.notStorable ?? request.facts.cacheBypass ?? "not shared";
     const result: FlightResult =
@@ -725,6 +893,21 @@ export class RequestActor implements Actor<RequestMessage> {
   ): void {
     const request = this.#joinedTo(news);
     if (request !== undefined) this.#end(request, "ok", undefined, context);
+  }
+
+  #onFlightAnswered(
+    news: Extract<FlightNews, { kind: "flight.answered" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#joinedTo(news);
+    if (request === undefined) return;
+    context.tell(this.#refs.front, {
+      kind: "front.answer",
+      requestId: news.requestId,
+      answer: news.answer,
+      facts: this.#answerFacts(request, context.nowMs),
+    });
+    this.#end(request, "ok", undefined, context);
   }
 
   #onFlightFailed(
@@ -911,7 +1094,8 @@ export class RequestActor implements Actor<RequestMessage> {
   ): void {
     const { facts } = request;
     this.#requests.delete(facts.requestId);
-    if (request.phase !== "looking") context.cancelTimer(facts.requestId);
+    if (request.phase !== "looking" && request.phase !== "matching")
+      context.cancelTimer(facts.requestId);
     if (request.phase === "backing_off") context.cancelTimer(`retry ${facts.requestId}`);
     if (!request.awaitsClosing) this.#forget(facts.requestId, context);
     const record: RequestRecord = {
@@ -927,6 +1111,8 @@ export class RequestActor implements Actor<RequestMessage> {
     if (code !== undefined) record.code = code;
     if (facts.cacheBypass !== undefined) record.cacheDetail = facts.cacheBypass;
     if (request.ttftMs !== undefined) record.ttftMs = request.ttftMs;
+    if (request.match !== null && request.match.says !== "")
+      record.semantic = { says: request.match.says, ...request.match.explored };
     if (more.usage !== undefined) record.usage = more.usage;
     if (more.stored !== undefined) record.stored = more.stored;
     if (more.notStored !== undefined) record.notStored = more.notStored;

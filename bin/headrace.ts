@@ -5,6 +5,7 @@ import { Command } from "commander";
 import { calibrateCommand } from "./calibrate.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
+import { modelCommand } from "./model.ts";
 import { nodeCommand } from "./node.ts";
 import { planCommand } from "./plan.ts";
 import { replayCommand } from "./replay.ts";
@@ -28,6 +29,7 @@ await new Command("headrace")
   .addCommand(planCommand())
   .addCommand(calibrateCommand())
   .addCommand(checkConfigCommand())
+  .addCommand(modelCommand())
   .addCommand(configReferenceCommand())
   .showHelpAfterError()
   .parseAsync();

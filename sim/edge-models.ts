@@ -20,7 +20,14 @@ import type {
   UpstreamFailure,
 } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { LeaseId, NodeId, RequestId, ScrapeSample, StoredAnswer } from "../actors/protocol.ts";
+import type {
+  LeaseId,
+  NodeId,
+  RequestId,
+  ScrapeSample,
+  StoredAnswer,
+  StoredQuestion,
+} from "../actors/protocol.ts";
 import { type Actor, type ActorRef, type ReplyTo, unreachable } from "../runtime/actor.ts";
 import type { Clock, TimerHandle } from "../runtime/clock.ts";
 import type { Random } from "../runtime/random.ts";
@@ -624,6 +631,8 @@ export class FrontModel implements Actor<FrontCommand> {
         if (!this.#data.has(command.flightId)) this.#clients.onLateAttach(command.requestId);
         if (command.flightId !== command.requestId) this.#clients.onFollowing(command.requestId);
         return;
+      case "front.ask_again":
+        return; // Judging costs a node what its share of hits says, which no trace tells.
       case "front.refuse":
         return this.#clients.onRefused(command.requestId, command.code, command.retryAfterMs);
       case "front.forget":
@@ -648,6 +657,7 @@ const ENTRIES_MAX = 200_000;
 /** The one store behind all gateways of a simulation. */
 export class SharedStore {
   readonly #entries = new Map<string, { answer: StoredAnswer; untilUs: number }>();
+  readonly #questions = new Map<string, { question: StoredQuestion; atUs: number }>();
   /** What is wrong with it, if anything. */
   fault: "none" | "down" | "hang" = "none";
 
@@ -668,7 +678,30 @@ export class SharedStore {
   clear(): number {
     const { size } = this.#entries;
     this.#entries.clear();
+    this.#questions.clear();
     return size;
+  }
+
+  remember(question: StoredQuestion, nowUs: number): void {
+    this.#questions.set(question.entryId, { question, atUs: nowUs });
+    if (this.#questions.size <= ENTRIES_MAX) return;
+    const oldest = this.#questions.keys().next();
+    if (!oldest.done) this.#questions.delete(oldest.value);
+  }
+
+  forget(entryId: string): void {
+    this.#questions.delete(entryId);
+  }
+
+  /** Those that `picks` wants and whose life is not over. */
+  recall(picks: (question: StoredQuestion) => boolean, nowUs: number): StoredQuestion[] {
+    const recalled: StoredQuestion[] = [];
+    for (const { question, atUs } of this.#questions.values()) {
+      const ageMs = (nowUs - atUs) / 1000;
+      if (ageMs >= question.ttlMs || !picks(question)) continue;
+      recalled.push({ ...question, ageMs, ttlMs: question.ttlMs - ageMs });
+    }
+    return recalled;
   }
 }
 
@@ -708,8 +741,39 @@ export class StoreModel implements Actor<StoreCommand> {
         return this.#host.reply(command.replyTo, {
           removed: store.fault === "down" ? 0 : store.clear(),
         });
+      case "store.remember":
+        if (store.fault !== "down") store.remember(command.question, clock.nowUs());
+        return;
+      case "store.forget":
+        return store.forget(command.entryId);
+      case "store.recall": {
+        const { bucket, replyTo } = command;
+        if (store.fault === "down") return; // No answer: it is asked again.
+        const isOfBucket = ({ scope }: StoredQuestion): boolean =>
+          Number.parseInt(scope.slice(0, 3), 16) === bucket;
+        const questions = store.recall(isOfBucket, clock.nowUs());
+        clock.schedule(afterUs, () => this.#host.reply(replyTo, { questions }));
+        return;
+      }
+      case "store.nearest": {
+        const { scope, vector, similarityMin, count, replyTo } = command;
+        if (store.fault === "down") return this.#host.reply(replyTo, { questions: [] });
+        const near = store
+          .recall((question) => question.scope === scope, clock.nowUs())
+          .map((question) => ({ question, similarity: dot(question.vector, vector) }))
+          .filter(({ similarity }) => similarity >= similarityMin)
+          .sort((left, right) => right.similarity - left.similarity)
+          .slice(0, count);
+        const questions = near.map(({ question }) => question);
+        clock.schedule(afterUs, () => this.#host.reply(replyTo, { questions }));
+        return;
+      }
       default:
         return unreachable(command);
     }
   }
+}
+
+function dot(left: Float32Array, right: Float32Array): number {
+  return left.reduce((sum, value, at) => sum + value * (right[at] ?? 0), 0);
 }

@@ -6,7 +6,11 @@ const limits = { messagesMax: 100, maxTokensMax: 10_000 };
 
 function read(body: unknown, tenant = "t", recordsPrefixes = false): ReadRequest {
   const bytes = Buffer.from(JSON.stringify(body));
-  const request = new RequestReader(limits, recordsPrefixes).read("chat", bytes, tenant);
+  const request = new RequestReader(limits, { prefixes: recordsPrefixes, questions: false }).read(
+    "chat",
+    bytes,
+    tenant,
+  );
   if ("code" in request) throw new Error(request.message);
   return request;
 }
@@ -103,7 +107,7 @@ describe("openai request: cache key", () => {
 
 describe("openai request: remembering", () => {
   it("answers a body that came before as it did, and never one of another tenant, route or text", () => {
-    const reader = new RequestReader(limits, false);
+    const reader = new RequestReader(limits, { prefixes: false, questions: false });
     const bodies = fc.constantFrom("a", "b", "c").map((content) => ({
       model: "m",
       messages: [{ role: "user", content }],
@@ -111,7 +115,11 @@ describe("openai request: remembering", () => {
     fc.assert(
       fc.property(bodies, fc.constantFrom("t1", "t2"), (body, tenant) => {
         const bytes = Buffer.from(JSON.stringify(body));
-        const fresh = new RequestReader(limits, false).read("chat", bytes, tenant);
+        const fresh = new RequestReader(limits, { prefixes: false, questions: false }).read(
+          "chat",
+          bytes,
+          tenant,
+        );
         expect(reader.read("chat", bytes, tenant)).toEqual(fresh);
         expect(reader.read("chat", bytes, tenant)).toEqual(fresh);
       }),
@@ -119,13 +127,13 @@ describe("openai request: remembering", () => {
   });
 
   it("does not remember what was wrong as right", () => {
-    const reader = new RequestReader(limits, false);
+    const reader = new RequestReader(limits, { prefixes: false, questions: false });
     const bytes = Buffer.from('{"model":"m","messages":[]}');
     for (let i = 0; i < 2; i++) expect(reader.read("chat", bytes, "t")).toHaveProperty("code");
   });
 
   it("tells apart bytes that are not UTF-8 from those that are", () => {
-    const reader = new RequestReader(limits, false);
+    const reader = new RequestReader(limits, { prefixes: false, questions: false });
     const head = '{"model":"m","messages":[{"role":"user","content":"';
     const of = (middle: number[]) =>
       Buffer.concat([Buffer.from(head), Buffer.from(middle), Buffer.from('"}]}')]);

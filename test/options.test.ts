@@ -43,6 +43,7 @@ describe("rows", () => {
       "nodes[].apiKey",
       "keys[].key",
       "keys[].keySha256",
+      "cache.semantic.embedder.key",
       "cache.redis.url",
       "cache.redis.password",
       "admin.token",
@@ -343,6 +344,26 @@ describe("relations", () => {
       "cache.redis.url holds a user or password",
     ],
     [
+      { cache: { semantic: { embedder: { type: "http", model: "m" } } } },
+      "cache.semantic.embedder.url is missing: type is http",
+    ],
+    [
+      { cache: { semantic: { embedder: { type: "http", url: "http://e" } } } },
+      "cache.semantic.embedder.model is missing: type is http",
+    ],
+    [
+      { cache: { semantic: { embedder: { type: "lexical", path: "models" } } } },
+      "cache.semantic.embedder.path is set, but type is lexical: only transformers has one",
+    ],
+    [
+      {
+        cache: {
+          semantic: { embedder: { type: "http", model: "m", url: "http://u:p@e/v1/embeddings" } },
+        },
+      },
+      'cache.semantic.embedder.url "http://…@e/v1/embeddings" holds a user or password (use key)',
+    ],
+    [
       { warmup: { file: "f" }, cache: { enabled: false } },
       "warmup.file is set while cache.enabled",
     ],
@@ -372,6 +393,12 @@ describe("relations", () => {
     { cache: { redis: { sentinels: ["a:1", "b:1"], sentinelMaster: "m", tls: true } } },
     { cache: { redis: { clusterNodes: ["a:1", "[::1]:2"] } } },
     { warmup: { file: "f", tenant: "local" } },
+    { cache: { semantic: { embedder: { path: "models", url: "http://e", key: "k" } } } },
+    {
+      cache: {
+        semantic: { embedder: { type: "http", model: "m", url: "http://e/v1/embeddings" } },
+      },
+    },
   ];
 
   it.each(kept.map((options) => [options] as const))("%j: is accepted", (options) => {

@@ -26,6 +26,7 @@ const arrows: Readonly<Record<(typeof code)[number], readonly string[]>> = {
 
 /** Files of transport/ that touch nothing outside: the simulator may use them. */
 const pureTransport = [
+  "transport/embedder-backend.ts",
   "transport/option-problems.ts",
   "transport/option-schema.ts",
   "transport/options.ts",
@@ -38,6 +39,7 @@ const purePackages = ["fastest-levenshtein", "msgpackr", "zod"];
 
 /** The only importers of a package in shipped code. */
 const packageHomes: Readonly<Record<string, readonly string[]>> = {
+  "@xenova/transformers": ["transport/embedder-worker.ts"],
   "cli-progress": ["bin/"],
   commander: ["bin/"],
   picocolors: ["bin/"],
@@ -132,11 +134,13 @@ class Tree {
 
   manifest(): { dependencies: string[]; development: string[]; scripts: string[] } {
     type Entries = Record<string, string> | undefined;
-    const { dependencies, devDependencies, scripts } = JSON.parse(
+    const { dependencies, optionalDependencies, devDependencies, scripts } = JSON.parse(
       this.texts.get("package.json") ?? "{}",
-    ) as { dependencies: Entries; devDependencies: Entries; scripts: Entries };
+    ) as Readonly<
+      Record<"dependencies" | "optionalDependencies" | "devDependencies" | "scripts", Entries>
+    >;
     return {
-      dependencies: Object.keys(dependencies ?? {}),
+      dependencies: Object.keys({ ...dependencies, ...optionalDependencies }),
       development: Object.keys(devDependencies ?? {}),
       scripts: Object.values(scripts ?? {}),
     };

@@ -9,6 +9,8 @@
  *   GET    /admin/state                  all actors: router, queue, cache, limits, mailboxes
  *   GET    /admin/explain/REQUEST_ID     why a request went as it did
  *   DELETE /admin/cache[?tenant=NAME]    purge one tenant's entries, or all
+ *   GET    /admin/cache?tenant=NAME[&text=…][&count=20]   stored questions, and how they compare with a text
+ *   DELETE /admin/cache/ENTRY?tenant=NAME                 remove one for good
  */
 import { hash, timingSafeEqual } from "node:crypto";
 import type { ErrorCode } from "../actors/errors.ts";
@@ -71,6 +73,23 @@ export class Admin {
       case "DELETE cache": {
         const tenant = new URLSearchParams(query).get("tenant") ?? undefined;
         return { status: 200, body: { removed: await this.#gateway.purge(tenant) } };
+      }
+      case "GET cache": {
+        const wanted = new URLSearchParams(query);
+        const tenant = wanted.get("tenant");
+        const count = Number(wanted.get("count") ?? 20);
+        if (tenant === null || !(Number.isInteger(count) && count >= 1 && count <= 1000)) {
+          const message = "name a tenant, and a count from 1 to 1000: ?tenant=acme&count=20";
+          return refusal("invalid_request", message);
+        }
+        const text = wanted.get("text") ?? undefined;
+        return { status: 200, body: await this.#gateway.inspect(tenant, count, text) };
+      }
+      case "DELETE cache/…": {
+        const tenant = new URLSearchParams(query).get("tenant") ?? "";
+        const removed = await this.#gateway.feedback(name ?? "", tenant, false);
+        if (removed) return { status: 200, body: { removed: 1 } };
+        return refusal("not_found", "that tenant has no stored question of that id");
       }
       case "GET explain/…": {
         const explanation = this.#gateway.explain(name ?? "");

@@ -80,6 +80,11 @@ export interface Headrace {
   stats(): Promise<StateSnapshot>;
   /** The story of one of the last 1000 requests, by its `x-request-id`; undefined when it is not known. */
   explain(requestId: string): Explanation | undefined;
+  /**
+   * Says whether a semantic hit was right; `entryId` is its answer's header `x-headrace-entry`. A wrong one is gone for
+   * good. False where no stored answer of the tenant has that id (any more).
+   */
+  feedback(entryId: string, isRight: boolean, tenant?: string): Promise<boolean>;
   /** Refuses new requests and waits for the open ones, at most `timeoutMs` (default: timeouts.drainMs). */
   drain(timeoutMs?: number): Promise<void>;
   /** Ends everything now: open requests fail, connections close. Idempotent. */
@@ -102,6 +107,7 @@ export async function createHeadrace(options: OptionsInput): Promise<Headrace> {
     chat: (request, chatOptions) => chatWith(embeddedFetch, request, chatOptions ?? {}),
     stats: () => gateway.state(),
     explain: (requestId) => gateway.explain(requestId),
+    feedback: (entryId, isRight, tenant = "local") => gateway.feedback(entryId, tenant, isRight),
     drain: (timeoutMs) => gateway.drain(timeoutMs),
     close: () => gateway.close(),
   };

@@ -7,6 +7,7 @@
  * client that leaves is reported once, in either of the first two.
  */
 
+import { hash } from "node:crypto";
 import type { AnswerFacts, FrontCommand } from "../actors/edges.ts";
 import type { ErrorCode } from "../actors/errors.ts";
 import type {
@@ -14,6 +15,7 @@ import type {
   RequestFacts,
   RequestId,
   Route,
+  SemanticPolicy,
   StoredAnswer,
 } from "../actors/protocol.ts";
 import type { RequestMessage } from "../actors/request.ts";
@@ -24,6 +26,7 @@ import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
 import type { Tenant } from "./keys.ts";
 import { assembleAnswer, wholeToSse } from "./openai-answer.ts";
 import {
+  type AskedQuestion,
   affinityKeyOf,
   type BadRequest,
   lowerPriority,
@@ -44,6 +47,8 @@ export type Incoming = {
   body: Buffer;
   /** Work of this process itself, in a tenant's name: no key is asked for. */
   as?: Tenant;
+  /** It is asked only to judge that entry of the cache. */
+  judges?: { entryId: string; similarity: number };
 };
 
 /** Where an answer goes. `headers` is a flat list: name, value, name, value, … */
@@ -74,6 +79,8 @@ export type FrontOptions = {
   cacheEnabled: boolean;
   /** Compute prefix-block hashes: only while a recording runs. */
   recordsPrefixes: boolean;
+  /** Match questions by meaning; absent = never. Tenants may have another policy. */
+  semantic?: { policy: SemanticPolicy; temperatureMax: number };
 };
 
 export type FrontDeps = {
@@ -85,6 +92,10 @@ export type FrontDeps = {
   post: <T>(to: ActorRef<T>, message: T) => void;
   /** Who a key belongs to, or why not. */
   authenticate: (key: string | undefined) => Tenant | ErrorCode;
+  /** Vectors of different embedders never meet; undefined while there is none. */
+  embedder: () => string | undefined;
+  /** A caller says whether an entry's answer was right; false for an entry that is not there (any more). */
+  feedback: (entryId: string, tenant: string, isRight: boolean) => Promise<boolean>;
   /** Models that may be asked for; `complete` is false while a node has not told its models yet. */
   models: () => { names: readonly string[]; complete: boolean };
   /** A request that never became one: for metrics. */
@@ -109,6 +120,17 @@ type Open = {
 const OPEN_MAX = 10_000;
 /** Client headers that reach the node. */
 const forwarded = ["content-type", "accept", "traceparent", "tracestate", "openai-beta"] as const;
+const FEEDBACK_PATH = "/v1/headrace/feedback";
+const entryPattern = /^[0-9a-f]{27}$/;
+/** Requests made to judge hits, at once; more hits go unjudged. */
+const JUDGING_MAX = 4;
+/** Judging is our own wish: it costs a tenant none of its allowance, and waits behind all others. */
+const judgeTenant = {
+  limitKey: "headrace-judge",
+  limits: {},
+  weight: 0.01,
+  priority: "batch",
+} as const;
 const requestIdPattern = /^[A-Za-z0-9._-]{1,128}$/;
 
 export class Front implements Actor<FrontCommand> {
@@ -120,18 +142,19 @@ export class Front implements Actor<FrontCommand> {
   #reader: RequestReader;
   #requestsStarted = false;
   #draining = false;
+  #judging = 0;
   #sequence = 0;
   #onIdle: (() => void) | null = null;
 
   constructor(options: FrontOptions, deps: FrontDeps) {
     this.#options = options;
-    this.#reader = new RequestReader(options.requests, options.recordsPrefixes);
+    this.#reader = readerOf(options);
     this.#deps = deps;
   }
 
   configure(options: FrontOptions): void {
     this.#options = options;
-    this.#reader = new RequestReader(options.requests, options.recordsPrefixes);
+    this.#reader = readerOf(options);
   }
 
   get openCount(): number {
@@ -183,10 +206,15 @@ export class Front implements Actor<FrontCommand> {
       this.#answerModels(requestId, tenant, sink);
       return { requestId, drained() {}, left() {} };
     }
-    if (route !== "other" && incoming.method !== "POST") {
+    const isFeedback = incoming.path === FEEDBACK_PATH;
+    if ((route !== "other" || isFeedback) && incoming.method !== "POST") {
       return refuse(
         bad("method_not_allowed", `${incoming.path} accepts POST, not ${incoming.method}`),
       );
+    }
+    if (isFeedback) {
+      const wrong = this.#takeFeedback(requestId, tenant, incoming.body, sink);
+      return wrong === undefined ? { requestId, drained() {}, left() {} } : refuse(wrong);
     }
     const request = this.#reader.read(route, incoming.body, tenant.tenant);
     if ("code" in request) return refuse(request);
@@ -213,7 +241,12 @@ export class Front implements Actor<FrontCommand> {
     this.#open.set(requestId, open);
     const storable = facts.cacheKey !== undefined && facts.cacheWrite;
     this.#deps.data.requests.set(requestId, new Outgoing(incoming, request, storable));
-    this.#deps.post(this.#deps.requests, { kind: "request.submit", facts });
+    const question = facts.semantic === undefined ? undefined : request.question?.text;
+    this.#deps.post(this.#deps.requests, {
+      kind: "request.submit",
+      facts,
+      ...(question === undefined ? {} : { question }),
+    });
     return {
       requestId,
       drained: () => this.#onDrained(open),
@@ -260,7 +293,68 @@ export class Front implements Actor<FrontCommand> {
     if (request.route !== "other") facts.affinityKey = affinityKeyOf(request, session);
     if (request.prefix.length > 0) facts.prefix = request.prefix;
     if (session !== undefined) facts.session = session;
+    if (incoming.judges !== undefined) facts.judges = incoming.judges;
+    else if (facts.cacheKey !== undefined && request.question !== undefined) {
+      const semantic = this.#semantic(request.question, tenant, incoming);
+      if (typeof semantic === "string") return bad("invalid_request", semantic);
+      if (semantic !== undefined) facts.semantic = semantic;
+    }
     return facts;
+  }
+
+  /** How a question is matched by meaning, or not at all; or (as text) what is wrong with the wish. */
+  #semantic(
+    { frame, temperature = 0 }: AskedQuestion,
+    tenant: Tenant,
+    incoming: Incoming,
+  ): RequestFacts["semantic"] | string {
+    const embedder = this.#deps.embedder();
+    const { semantic } = this.#options;
+    if (semantic === undefined || embedder === undefined) return undefined;
+    const { mode = semantic.policy.mode, ...own } = tenant.semantic ?? {};
+    if (mode === "off" || temperature > semantic.temperatureMax) return undefined;
+    const policy = { ...semantic.policy, ...own, mode };
+    const wished = incoming.header("x-headrace-similarity");
+    if (wished !== undefined) {
+      const least = Number(wished);
+      if (!(least > 0 && least <= 1)) {
+        return "the header x-headrace-similarity must be a cosine above 0, at most 1";
+      }
+      policy.similarityMin = Math.max(policy.similarityMin, least);
+    }
+    return { scope: hash("sha256", `${frame}\n${embedder}`, "hex"), policy };
+  }
+
+  /** What is wrong with it; otherwise it is answered once the cache has. */
+  #takeFeedback(
+    requestId: RequestId,
+    { tenant }: Tenant,
+    bytes: Buffer,
+    sink: Sink,
+  ): BadRequest | undefined {
+    let body: { entry?: unknown; ok?: unknown } | null;
+    try {
+      body = JSON.parse(bytes.toString("utf8"));
+    } catch {
+      return bad("invalid_json", "the request body is not valid JSON");
+    }
+    const { entry, ok } = body ?? {};
+    if (typeof entry !== "string" || !entryPattern.test(entry)) {
+      const message = "`entry` must be the value of an answer's header x-headrace-entry";
+      return bad("invalid_request", message, "entry");
+    }
+    if (typeof ok !== "boolean") {
+      return bad("invalid_request", "`ok` must be true (it was right) or false", "ok");
+    }
+    void this.#deps.feedback(entry, tenant, ok).then((known) => {
+      if (!known) {
+        const message = "no stored answer of yours has that id: it expired, or was removed";
+        return writeError(sink, "not_found", ["x-request-id", requestId], message, "entry");
+      }
+      const answer = Buffer.from(JSON.stringify({ entry, ok, removed: !ok }));
+      sink.whole(200, [...jsonHeaders(answer), "x-request-id", requestId], answer);
+    });
+    return undefined;
   }
 
   #unusableModel(model: string | undefined, tenant: Tenant): BadRequest | undefined {
@@ -284,18 +378,7 @@ export class Front implements Actor<FrontCommand> {
       .names.filter((name) => tenant.models === undefined || tenant.models.includes(name))
       .map((id) => ({ id, object: "model", created: 0, owned_by: "headrace" }));
     const body = Buffer.from(JSON.stringify({ object: "list", data }));
-    sink.whole(
-      200,
-      [
-        "content-type",
-        "application/json",
-        "content-length",
-        `${body.length}`,
-        "x-request-id",
-        requestId,
-      ],
-      body,
-    );
+    sink.whole(200, [...jsonHeaders(body), "x-request-id", requestId], body);
   }
 
   #requestId(wished: string | undefined): RequestId {
@@ -337,6 +420,8 @@ export class Front implements Actor<FrontCommand> {
         this.#deps.data.requests.delete(message.requestId);
         this.#deps.data.answers.delete(message.requestId);
         return;
+      case "front.ask_again":
+        return this.#askAgain(message.requestId, message.entryId, message.similarity);
       case "front.requests_lost":
         // The first one tells only that the request actor has started; what came before waits in its mailbox.
         if (!this.#requestsStarted) {
@@ -351,6 +436,26 @@ export class Front implements Actor<FrontCommand> {
         this.#deps.data.answers.clear();
         return;
     }
+  }
+
+  /** The same for nobody, past the cache and behind everyone else's: its answer judges the entry that was served. */
+  #askAgain(requestId: RequestId, entryId: string, similarity: number): void {
+    const outgoing = this.#deps.data.requests.get(requestId);
+    if (!(outgoing instanceof Outgoing) || this.#judging >= JUDGING_MAX || this.#draining) return;
+    const { incoming } = outgoing;
+    const tenant = incoming.as ?? this.#deps.authenticate(keyOf(incoming));
+    if (typeof tenant === "string") return; // The key has gone meanwhile.
+    this.#judging++;
+    const own: Record<string, string> = { "cache-control": "no-cache" };
+    const header = (name: string): string | undefined =>
+      own[name] ?? (name.startsWith("x-") ? undefined : incoming.header(name));
+    const { method, path, query, body } = incoming;
+    const as: Tenant = { ...tenant, ...judgeTenant };
+    const judges = { entryId, similarity };
+    const done = (): void => {
+      this.#judging--;
+    };
+    this.submit({ method, path, query, body, header, as, judges }, new Unread(done));
   }
 
   #onAnswer(requestId: RequestId, answer: StoredAnswer, facts: AnswerFacts): void {
@@ -501,6 +606,7 @@ export class Front implements Actor<FrontCommand> {
     headers.push("x-headrace-cache", cacheHeader(facts));
     headers.push("x-headrace-attempts", String(facts.attempts));
     if (facts.node !== undefined) headers.push("x-headrace-node", facts.node);
+    if (facts.entryId !== undefined) headers.push("x-headrace-entry", facts.entryId);
     if (facts.queuedMs > 0) headers.push("x-headrace-queue-ms", String(Math.round(facts.queuedMs)));
     if (facts.ageMs !== undefined) headers.push("age", String(Math.floor(facts.ageMs / 1000)));
     if (facts.limits !== undefined) pushLimits(headers, facts.limits);
@@ -510,35 +616,35 @@ export class Front implements Actor<FrontCommand> {
 
 /** What goes to a node, made from what came; its headers are picked only when a node is asked. */
 class Outgoing implements OutgoingRequest {
-  readonly #incoming: Incoming;
+  readonly incoming: Incoming;
   readonly #request: ReadRequest;
   readonly storable: boolean;
 
   constructor(incoming: Incoming, request: ReadRequest, storable: boolean) {
-    this.#incoming = incoming;
+    this.incoming = incoming;
     this.#request = request;
     this.storable = storable;
   }
 
   get method(): string {
-    return this.#incoming.method;
+    return this.incoming.method;
   }
 
   get path(): string {
-    return this.#incoming.path + this.#incoming.query;
+    return this.incoming.path + this.incoming.query;
   }
 
   get headers(): Readonly<Record<string, string>> {
     const headers: Record<string, string> = {};
     for (const name of forwarded) {
-      const value = this.#incoming.header(name);
+      const value = this.incoming.header(name);
       if (value !== undefined) headers[name] = value;
     }
     return headers;
   }
 
   get body(): Uint8Array | null {
-    return this.#incoming.body.length === 0 ? null : this.#incoming.body;
+    return this.incoming.body.length === 0 ? null : this.incoming.body;
   }
 
   get route(): Route {
@@ -558,6 +664,44 @@ class Outgoing implements OutgoingRequest {
   }
 }
 
+/** Of an answer that nobody reads. */
+class Unread implements Sink {
+  readonly #done: () => void;
+
+  constructor(done: () => void) {
+    this.#done = done;
+  }
+
+  whole(): void {
+    this.#done();
+  }
+
+  head(): void {}
+
+  write(): boolean {
+    return true;
+  }
+
+  end(): void {
+    this.#done();
+  }
+
+  destroy(): void {
+    this.#done();
+  }
+}
+
+function readerOf({ requests, recordsPrefixes, semantic }: FrontOptions): RequestReader {
+  return new RequestReader(requests, {
+    prefixes: recordsPrefixes,
+    questions: semantic !== undefined,
+  });
+}
+
+function jsonHeaders(body: Buffer): string[] {
+  return ["content-type", "application/json", "content-length", String(body.length)];
+}
+
 function bad(code: ErrorCode, message?: string, param?: string): BadRequest {
   return { code, message: message ?? "", ...(param === undefined ? {} : { param }) };
 }
@@ -572,7 +716,7 @@ function writeError(
 ): void {
   const text = message === undefined || message === "" ? undefined : message;
   const body = Buffer.from(JSON.stringify(errorBody(code, text, param)));
-  headers.push("content-type", "application/json", "content-length", String(body.length));
+  headers.push(...jsonHeaders(body));
   for (const [name, value] of Object.entries(errorHeaders(code, retryAfterMs)))
     headers.push(name, value);
   sink.whole(httpErrors[code].status, headers, body);

@@ -4,7 +4,7 @@
  */
 import { hash } from "node:crypto";
 import type { ErrorCode } from "../actors/errors.ts";
-import type { Limits, Priority } from "../actors/protocol.ts";
+import type { Limits, Priority, SemanticPolicy } from "../actors/protocol.ts";
 import { limitsOf, type Options } from "./options.ts";
 
 export type Tenant = {
@@ -17,6 +17,12 @@ export type Tenant = {
   priority: Priority;
   /** Models the key may use; absent = all. */
   models?: readonly string[];
+  /** How its questions are matched by meaning, where that differs from everyone's. */
+  semantic?: TenantSemantic;
+};
+
+type TenantSemantic = Partial<Omit<SemanticPolicy, "mode">> & {
+  mode?: SemanticPolicy["mode"] | "off";
 };
 
 export class KeyTable {
@@ -33,6 +39,7 @@ export class KeyTable {
         weight: key.weight,
         priority: key.priority,
         ...(key.models === undefined ? {} : { models: key.models }),
+        semantic: semanticOf(key),
       });
     }
     this.#local =
@@ -59,4 +66,8 @@ export class KeyTable {
     for (const entry of this.#byHash.values()) if (entry.tenant === tenant) return entry;
     return undefined;
   }
+}
+
+function semanticOf({ semantic: { strict, ...rest } }: Options["keys"][number]): TenantSemantic {
+  return { ...rest, ...(strict === undefined ? {} : { isStrict: strict }) };
 }

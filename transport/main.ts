@@ -5,6 +5,7 @@
  */
 import { randomBytes } from "node:crypto";
 import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
+import type { Embedded, EmbedderCommand } from "../actors/edges.ts";
 import { GatewayRefs, gatewayTree, NODES_PATH, nodeSpec } from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
 import type { NodeId } from "../actors/protocol.ts";
@@ -12,6 +13,7 @@ import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limi
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
 import type { RouterDescription, RouterMessage } from "../actors/router.ts";
 import type { RouterLogEvent } from "../actors/router-log.ts";
+import type { InspectedEntry, JudgedPool } from "../actors/semantic-shard.ts";
 import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
 import { SystemClock } from "../runtime/clock.ts";
 import { NactScheduler } from "../runtime/nact-scheduler.ts";
@@ -19,6 +21,7 @@ import { Random } from "../runtime/random.ts";
 import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
+import { type Embedder, openEmbedder } from "./embedder.ts";
 import { Front, type FrontOptions } from "./front.ts";
 import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
@@ -35,6 +38,9 @@ const MODELS_WAIT_MS = 2000;
 /** How long an actor may take to describe itself for an operator. */
 const DESCRIBE_MS = 1000;
 
+/** Stored questions, and what judging has shown of a tenant's hits. */
+export type Inspection = { entries: InspectedEntry[]; judged: JudgedPool[] };
+
 /** A node and what is known of its models. */
 type KnownNode = { options: NodeOptions; models: readonly string[] | undefined };
 
@@ -46,6 +52,7 @@ export class Gateway {
   readonly #upstream: UpstreamEdge;
   readonly #scraper: ScraperEdge;
   readonly #store: RedisStore | undefined;
+  readonly #embedder: Embedder | undefined;
   readonly #nowMs: () => number;
   readonly #metrics = new Metrics();
   readonly #recent = new RecentRequests();
@@ -73,7 +80,10 @@ export class Gateway {
       redis === undefined
         ? undefined
         : await (await import("./redis-store.ts")).openRedisStore(options.cache, log);
-    const gateway = new Gateway(options, log, store, onFatal);
+    const { mode, embedder: embedderOptions } = options.cache.semantic;
+    const isMatching = options.cache.enabled && mode !== "off";
+    const embedder = isMatching ? await openEmbedder(embedderOptions, log) : undefined;
+    const gateway = new Gateway(options, log, { store, embedder }, onFatal);
     await gateway.#untilModelsKnown();
     return gateway;
   }
@@ -81,12 +91,13 @@ export class Gateway {
   private constructor(
     options: Options,
     log: Log,
-    store: RedisStore | undefined,
+    { store, embedder }: { store: RedisStore | undefined; embedder: Embedder | undefined },
     onFatal: (error: unknown) => void,
   ) {
     this.#options = options;
     this.#log = log;
     this.#store = store;
+    this.#embedder = embedder;
     this.#keys = new KeyTable(options);
     const clock = new SystemClock();
     this.#nowMs = () => clock.nowUs() / 1000;
@@ -120,6 +131,8 @@ export class Gateway {
       requests: this.#refs.requests,
       post,
       authenticate: (key) => this.#keys.authenticate(key),
+      embedder: () => identityText(this.#embedder),
+      feedback: (entryId, tenant, isRight) => this.feedback(entryId, tenant, isRight),
       models: () => this.#served,
       onRefused: (code, route) => this.#metrics.onRefused(code, route),
     });
@@ -143,6 +156,7 @@ export class Gateway {
       upstream: () => this.#upstream,
       scraper: () => this.#scraper,
       ...(store === undefined ? {} : { store: () => store.edge(reply) }),
+      ...(embedder === undefined ? {} : { embedder: () => embedder.edge(reply) }),
     });
     this.#system.start(tree, {
       onEvent: (event, from) => this.#onEvent(event, from),
@@ -275,6 +289,58 @@ export class Gateway {
     return counts.reduce((sum, outcome) => sum + (outcome.ok ? outcome.value.removed : 0), 0);
   }
 
+  /** A caller's word on a stored answer; a wrong one is gone for good. False for an entry that is not there. */
+  async feedback(entryId: string, tenant: string, isRight: boolean): Promise<boolean> {
+    const shard = this.#refs.cache(entryId);
+    const outcome = await this.#ask<CacheMessage, { known: boolean }>(shard, (replyTo) => ({
+      kind: "cache.feedback",
+      entryId,
+      tenant,
+      isRight,
+      replyTo,
+    }));
+    return outcome?.known === true;
+  }
+
+  /**
+   * Stored questions of a tenant, at most `count`, and what judging has shown; with a text, how they compare with it.
+   * Rejects with the reason when that text gets no vector.
+   */
+  async inspect(tenant: string, count: number, text?: string): Promise<Inspection> {
+    const vector = text === undefined ? undefined : await this.#vectorOf(text);
+    const question =
+      text === undefined || vector === undefined ? {} : { question: { text, vector } };
+    const shards = await Promise.all(
+      this.#refs.cacheShards.map((shard) =>
+        this.#ask<CacheMessage, Inspection>(shard, (replyTo) => ({
+          kind: "cache.inspect",
+          tenant,
+          count,
+          ...question,
+          replyTo,
+        })),
+      ),
+    );
+    const entries = shards.flatMap((shard) => shard?.entries ?? []);
+    entries.sort((left, right) => (right.similarity ?? 0) - (left.similarity ?? 0));
+    return {
+      entries: entries.slice(0, count),
+      judged: shards.flatMap((shard) => shard?.judged ?? []),
+    };
+  }
+
+  async #vectorOf(text: string): Promise<Float32Array> {
+    if (this.#embedder === undefined) throw new Error("no embedder is configured");
+    const embedded = await this.#ask<EmbedderCommand, Embedded>(this.#refs.embedder, (replyTo) => ({
+      kind: "embedder.embed",
+      requestId: "inspect",
+      text,
+      replyTo,
+    }));
+    if (embedded?.kind === "vector") return embedded.vector;
+    throw new Error(`the text gets no vector: ${embedded?.reason ?? "late"}`);
+  }
+
   async state(): Promise<StateSnapshot> {
     const [nodes, router, shards, limiter, requests] = await Promise.all([
       Promise.all(this.nodeNames().map((name) => this.#describeNode(name))),
@@ -307,6 +373,7 @@ export class Gateway {
       ...(limiter === undefined ? {} : { limiter }),
       ...(requests === undefined ? {} : { requests }),
       ...(this.#store === undefined ? {} : { store: this.#store.stats() }),
+      ...(this.#embedder === undefined ? {} : { embedder: this.#embedder.describe() }),
       system: this.#system.stats(),
     };
   }
@@ -382,6 +449,7 @@ export class Gateway {
     await Promise.all([
       this.#upstream.close(),
       this.#store?.close(),
+      this.#embedder?.close(),
       this.#recorder?.close(),
       this.#decisions?.close(),
     ]);
@@ -422,13 +490,22 @@ export class Gateway {
 // ---- what the edges are built with: the actors' settings stand in settings.ts -----------------------
 
 function frontOptions({ cache, record, requests, timeouts }: Options): FrontOptions {
+  const { mode, similarityMin, errorRateMax, strict, temperatureMax } = cache.semantic;
+  const policy =
+    mode === "off" ? undefined : { mode, similarityMin, errorRateMax, isStrict: strict };
   return {
     requests,
     requestTimeoutMs: timeouts.requestMsDefault,
     requestTimeoutMsMax: timeouts.totalMs,
     cacheEnabled: cache.enabled,
     recordsPrefixes: record.file !== undefined,
+    ...(policy === undefined ? {} : { semantic: { policy, temperatureMax } }),
   };
+}
+
+function identityText(embedder: Embedder | undefined): string | undefined {
+  const identity = embedder?.identity();
+  return identity && `${identity.id} ${identity.version} ${identity.dimension}`;
 }
 
 function upstreamOptions({ cache, requests, timeouts }: Options): UpstreamOptions {

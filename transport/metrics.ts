@@ -4,6 +4,7 @@
  */
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import type { CacheDescription } from "../actors/cache.ts";
+import type { EmbedderDescription } from "../actors/edges.ts";
 import type { NodeDescription } from "../actors/gpu-node.ts";
 import type { RequestRecord } from "../actors/protocol.ts";
 import type { LimiterDescription } from "../actors/rate-limiter.ts";
@@ -17,6 +18,7 @@ export type StateSnapshot = {
   nodes: readonly NodeDescription[];
   router?: RouterDescription;
   cache?: CacheDescription;
+  embedder?: EmbedderDescription;
   limiter?: LimiterDescription;
   requests?: RequestDescription;
   store?: StoreStats;
@@ -179,7 +181,7 @@ function exposeNodes(nodes: readonly NodeDescription[], gauge: MakeGauge): void 
 }
 
 function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
-  const { cache, limiter, requests, router, store, system } = state;
+  const { cache, embedder, limiter, requests, router, store, system } = state;
   if (requests !== undefined) {
     const open = gauge("requests_open", "Requests in flight by phase.", ["phase"]);
     for (const [phase, count] of Object.entries(requests.byPhase)) open.set({ phase }, count);
@@ -195,6 +197,23 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
         queued.inc({ model: pool.model, priority: band.priority }, band.waiting);
       }
     }
+  }
+  if (embedder !== undefined) {
+    gauge("embedder_healthy", "1 while questions get vectors.").set(
+      embedder.state === "healthy" ? 1 : 0,
+    );
+    const figures = gauge("embedder", "Embedder figures by name; counts since the start.", [
+      "figure",
+    ]);
+    const { queued, vectors, batches, batchMs, unavailable } = embedder;
+    for (const [figure, value] of Object.entries({
+      queued,
+      vectors,
+      batches,
+      batchMs,
+      ...unavailable,
+    }))
+      figures.set({ figure }, value);
   }
   if (cache !== undefined) {
     const figures = gauge("cache", "Cache figures by name; counts since the start.", ["figure"]);

@@ -25,10 +25,21 @@ export type ReadRequest = {
   readonly cacheKey: string | undefined;
   /** Why it does not apply. */
   readonly cacheBypass: string | undefined;
+  /** The last user turn, where it may be matched by meaning; only while something matches. */
+  readonly question: AskedQuestion | undefined;
   /** 32-bit hash of model and prompt head: requests that share it share a KV prefix. */
   readonly headHash: number;
   /** Chained hashes of the prompt's blocks of 1024 characters, at most 256; empty unless a recording runs. */
   readonly prefix: number[];
+};
+
+/** A question that others may have asked in other words. */
+export type AskedQuestion = {
+  readonly text: string;
+  /** sha256 (hex) over tenant and all of the request that may change the answer but this text. */
+  readonly frame: string;
+  /** As the request states it. */
+  readonly temperature: number | undefined;
 };
 
 /** What was wrong and what is accepted, with OpenAI's `param`. */
@@ -66,13 +77,16 @@ const GENERATION_MAX = 1024;
 export class RequestReader {
   readonly #limits: RequestLimits;
   readonly #recordsPrefixes: boolean;
+  readonly #readsQuestions: boolean;
   /** By route, tenant and text. When the young are many they become the old, and the old are forgotten. */
   #young = new Map<string, ReadRequest>();
   #old = new Map<string, ReadRequest>();
 
-  constructor(limits: RequestLimits, recordsPrefixes: boolean) {
+  /** @param also what else is wanted of a request beside the facts that every one needs */
+  constructor(limits: RequestLimits, also: { prefixes: boolean; questions: boolean }) {
     this.#limits = limits;
-    this.#recordsPrefixes = recordsPrefixes;
+    this.#recordsPrefixes = also.prefixes;
+    this.#readsQuestions = also.questions;
   }
 
   /** Routes Headrace does not know are passed on unread, but for their `model`. */
@@ -135,6 +149,10 @@ export class RequestReader {
       promptTokens: Math.max(1, Math.ceil(checker.textBytes / BYTES_PER_TOKEN)),
       cacheKey: bypass === undefined ? cacheKeyOf(route, body, tenant) : undefined,
       cacheBypass: bypass,
+      question:
+        this.#readsQuestions && route === "chat" && bypass === undefined
+          ? questionOf(body, tenant)
+          : undefined,
       headHash: headHashOf(route, model, body),
       prefix: this.#recordsPrefixes ? prefixBlocksOf(route, model, body) : [],
     };
@@ -159,6 +177,7 @@ function readOther(bytes: Buffer): ReadRequest {
     promptTokens: Math.max(1, Math.ceil(bytes.length / BYTES_PER_TOKEN)),
     cacheKey: undefined,
     cacheBypass: "route is not cached",
+    question: undefined,
     headHash: 0,
     prefix: [],
   };
@@ -361,6 +380,41 @@ class Checker {
 function cacheKeyOf(route: Route, body: Record<string, unknown>, tenant: string): string {
   const text = canonical(body, deliveryFields);
   return hash("sha256", `1\n${tenant.length}:${tenant}\n${route}\n${text}`, "hex");
+}
+
+/**
+ * The last message, where it is a user's and pure text, nothing may be called, and one answer is wanted. A checked
+ * body; undefined for all others.
+ */
+function questionOf(body: Record<string, unknown>, tenant: string): AskedQuestion | undefined {
+  const messages = body.messages as { role: string; content: unknown }[];
+  const last = messages[messages.length - 1];
+  const text = last?.role === "user" ? textOf(last.content) : undefined;
+  const isOne = body.n === undefined || body.n === null || body.n === 1;
+  if (text === undefined || !isOne || hasTools(body)) return undefined;
+  const { temperature } = body;
+  // The turn is known by its role and name; its text alone is left out.
+  const frame = { ...body, messages: [...messages.slice(0, -1), { ...last, content: null }] };
+  const canonicalFrame = canonical(frame, deliveryFields);
+  return {
+    text,
+    frame: hash("sha256", `1\n${tenant.length}:${tenant}\n${canonicalFrame}`, "hex"),
+    temperature: typeof temperature === "number" ? temperature : undefined,
+  };
+}
+
+function hasTools({ tools, functions }: Record<string, unknown>): boolean {
+  return [tools, functions].some((list) => Array.isArray(list) && list.length > 0);
+}
+
+/** Text parts joined as the engines' chat templates join them. */
+function textOf(content: unknown): string | undefined {
+  if (typeof content === "string") return content;
+  if (!Array.isArray(content)) return undefined;
+  const parts = content as { text?: unknown }[];
+  return parts.every(({ text }) => typeof text === "string")
+    ? parts.map(({ text }) => text).join("\n")
+    : undefined;
 }
 
 /** JSON with object keys sorted, so that equal requests have equal text however they were written. */

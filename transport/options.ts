@@ -8,6 +8,7 @@
  */
 import { createHash } from "node:crypto";
 import * as z from "zod";
+import { EMBEDDER_MODEL } from "./embedder-backend.ts";
 import { explain, overlap, type Problem, segmentsOf } from "./option-problems.ts";
 import {
   boolean,
@@ -88,6 +89,11 @@ function wrongHostPort(value: string): string | undefined {
   return port >= 1 && port <= 65_535 ? undefined : "is not host:port";
 }
 
+function wrongEmbedderUrl(value: string): string | undefined {
+  // Unlike a node's URL it may name the route: TEI and others have it elsewhere.
+  return wrongUrl(value.replace(/\/embeddings\/*$/, ""))?.replace("use apiKey", "use key");
+}
+
 function name(doc: string) {
   return text({ doc, accepted: nameAccepted, wrong: wrongName });
 }
@@ -162,6 +168,8 @@ const node = group("One inference node.", "live", {
   name: name ?? nodeAddress(url),
 }));
 
+const semanticModes = ["off", "shadow", "fixed", "verified"] as const;
+
 const key = group("One API key.", "live", {
   key: text({
     doc: "The key itself; only its hash is kept. Give this or keySha256.",
@@ -189,6 +197,16 @@ const key = group("One API key.", "live", {
   models: models("Models it may use; unset = all.").exactOptional(),
   limits: limitsGroup(
     "What this key may use; a field left out falls back to defaultLimits.",
+  ).prefault({}),
+  semantic: group(
+    "Matching by meaning for this key; what is left out is as in cache.semantic.",
+    "live",
+    {
+      mode: choice(semanticModes, "As cache.semantic.mode.").exactOptional(),
+      similarityMin: ratio([0.5, 1], "As cache.semantic.similarityMin.").exactOptional(),
+      errorRateMax: ratio([0.001, 0.5], "As cache.semantic.errorRateMax.").exactOptional(),
+      strict: boolean("As cache.semantic.strict.").exactOptional(),
+    },
   ).prefault({}),
   weight: number([0.01, 100], "Share of this tenant against others while requests wait.").default(
     1,
@@ -453,6 +471,101 @@ const schema = group("All options.", "restart", {
     storeTimeoutMs: ms([1, 10_000], "Redis answers within this, or the lookup is a miss.").default(
       50,
     ),
+    semantic: group("Answers to the same question in other words.", "restart", {
+      mode: choice(
+        semanticModes,
+        "shadow = compare what would be served with the real answer, serve none; fixed = serve at similarityMin; " +
+          "verified = serve where judged answers bound the error by errorRateMax. Needs an embedder.",
+      ).default("fixed"),
+      similarityMin: ratio(
+        [0.5, 1],
+        "Least cosine of two questions; a request may only raise it (x-headrace-similarity).",
+      ).default(0.92),
+      errorRateMax: ratio(
+        [0.001, 0.5],
+        "verified: share of wrong answers among served ones.",
+      ).default(0.01),
+      precisionMin: ratio(
+        [0.01, 0.999],
+        "Where judging cannot show so large a share of a tenant's hits right, they are only judged.",
+      ).default(0.9),
+      strict: boolean("Questions that each have a content word of their own never match.").default(
+        false,
+      ),
+      temperatureMax: ratio(
+        [0, 2],
+        "A request that states a higher temperature is not matched by meaning.",
+      ).default(0.3),
+      judge: choice(
+        ["exact", "words"],
+        "Two answers are the same: exact = but for case and punctuation; words = most words and all numbers.",
+      ).default("words"),
+      judgeRatio: ratio(
+        [0, 1],
+        "Share of hits for which a node is asked as well, to judge them; costs its tokens.",
+      ).default(0.02),
+      matchMs: ms(
+        [1, 10_000],
+        "Vector and search in all; then the request goes on without.",
+      ).default(50),
+      ttlMs: ms([1000, 2_592_000_000], "How long an answer is kept for other wordings.").default(
+        3_600_000,
+      ),
+      bytesMax: bytes(
+        [MiB, 1024 * GiB],
+        "Memory for questions, their vectors and answers; the least recently used go first.",
+      ).default(256 * MiB),
+      index: choice(
+        ["actors", "redis-vectorset", "redis-search"],
+        "Where questions are searched: in the cache actors; or in Redis 8 vector sets, or RediSearch (KNN).",
+      ).default("actors"),
+      embedder: group("What turns a question into a vector.", "restart", {
+        type: choice(
+          ["off", "lexical", "transformers", "http"],
+          "off = only equal questions hit; lexical = built in, knows words but no meaning; " +
+            "transformers = a model on this machine; http = a /v1/embeddings endpoint.",
+        ).default("off"),
+        model: text({
+          doc: `The model; unset with transformers = ${EMBEDDER_MODEL}; http needs it.`,
+          accepted: "a model's name, such as org/name",
+          wrong: (value) =>
+            /^\S{1,200}$/.test(value) ? undefined : "holds spaces, or is too long",
+        }).exactOptional(),
+        path: text({
+          doc:
+            "transformers: the folder that `headrace model pull` filled, or the model's own; " +
+            "unset = where it puts models by default.",
+          accepted: "a path",
+        }).exactOptional(),
+        url: text({
+          doc: "http: base URL of the endpoint, or all of it.",
+          accepted: "an http:// or https:// URL, such as http://10.0.0.9:8080/v1/embeddings",
+          wrong: wrongEmbedderUrl,
+        }).exactOptional(),
+        key: text({
+          doc: "http: sent as bearer token.",
+          accepted: "printable ASCII without spaces, at most 512 characters",
+          secret: "all",
+          wrong: wrongSecret(1),
+        }).exactOptional(),
+        dimension: count(
+          [8, 8192],
+          "Dimension that its vectors must have; unset = that of the first.",
+        ).exactOptional(),
+        timeoutMs: ms(
+          [1, 10_000],
+          "A vector that takes longer is not waited for: the request goes on without it.",
+        ).default(50),
+        queueMax: requests(
+          [1, 10_000],
+          "Questions that wait for the embedder; more go on without it.",
+        ).default(64),
+        tokensMax: tokens(
+          [8, 8192],
+          "A longer question gets no vector: the model would read only its head.",
+        ).default(128),
+      }).prefault({}),
+    }).prefault({}),
     redis: group("Shared, surviving copy of the cache. Unset = memory only.", "restart", {
       url: text({
         doc: "One Redis server.",
@@ -757,6 +870,7 @@ function* brokenRelations(options: Options, kept: Kept): Generator<Relation> {
   yield* brokenNodes(options, kept);
   yield* brokenKeys(options, kept);
   yield* brokenCache(options);
+  yield* brokenSemantic(options);
   yield* brokenWarmup(options);
 }
 
@@ -934,6 +1048,32 @@ function* brokenCache({ cache: { redis } }: Options): Generator<Relation> {
     yield {
       paths: ["cache.redis.tls", "cache.redis.url"],
       message: "is true, but the URL starts with redis://: write rediss:// for TLS",
+    };
+  }
+}
+
+function* brokenSemantic({ cache }: Options): Generator<Relation> {
+  const { embedder, index } = cache.semantic;
+  if (index !== "actors" && cache.redis === undefined) {
+    yield {
+      paths: ["cache.semantic.index", "cache.redis"],
+      message: `is ${index}, but no Redis is configured`,
+    };
+  }
+  const at = "cache.semantic.embedder";
+  if (embedder.type === "http") {
+    for (const field of ["url", "model"] as const) {
+      if (embedder[field] !== undefined) continue;
+      yield { paths: [`${at}.${field}`, `${at}.type`], message: "is missing: type is http" };
+    }
+  }
+  const only = { path: "transformers", url: "http", key: "http" } as const;
+  for (const [field, type] of Object.entries(only)) {
+    if (embedder[field as keyof typeof only] === undefined) continue;
+    if (embedder.type === type || embedder.type === "off") continue; // Off keeps its settings.
+    yield {
+      paths: [`${at}.${field}`, `${at}.type`],
+      message: `is set, but type is ${embedder.type}: only ${type} has one`,
     };
   }
 }

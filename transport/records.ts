@@ -56,6 +56,7 @@ export function explain(record: RequestRecord): Explanation {
       `${facts.promptTokens} prompt tokens, key ${facts.limitKey}, ${facts.priority} priority`,
     `cache: ${cacheStep(record)}`,
   ];
+  if (record.semantic !== undefined) steps.push(`meaning: ${meaningStep(record.semantic)}`);
   for (const decision of record.decisions) steps.push(decisionStep(decision));
   for (const attempt of record.attempts) {
     const status = attempt.status === undefined ? "" : ` (status ${attempt.status})`;
@@ -107,6 +108,15 @@ function cacheStep(record: RequestRecord): string {
   }
 }
 
+function meaningStep({
+  says,
+  entryId,
+  similarity,
+}: NonNullable<RequestRecord["semantic"]>): string {
+  const entry = entryId === undefined ? "" : ` (entry ${entryId} at ${similarity?.toFixed(4)})`;
+  return `${says}${entry}`;
+}
+
 function decisionStep(decision: Decision): string {
   const chosen = decision.chosen === undefined ? "no node" : `chose ${decision.chosen}`;
   const waited = decision.queuedMs > 0 ? `, waited ${Math.round(decision.queuedMs)} ms` : "";
@@ -120,6 +130,7 @@ function decisionStep(decision: Decision): string {
 
 function summaryOf(record: RequestRecord): string {
   if (record.cache === "hit_exact") return "answered from the cache";
+  if (record.cache === "hit_semantic") return "answered from the cache, by meaning";
   const last = record.attempts[record.attempts.length - 1];
   const where = last === undefined ? "no node" : last.node;
   const tries = record.attempts.length > 1 ? ` at attempt ${record.attempts.length}` : "";

@@ -29,6 +29,8 @@ export function gatewaySettings(options: Options): GatewaySettings {
       answerBytesMax: cache.answerBytesMax,
       storeTimeoutMs: cache.storeTimeoutMs,
       flightMsMax: timeouts.totalMs * 2,
+      asksNearest: cache.semantic.index !== "actors",
+      ...(cache.semantic.mode === "off" ? {} : { semantic: semanticOptions(cache) }),
     },
     limiter: limiterDefaults,
     router: {
@@ -43,6 +45,11 @@ export function gatewaySettings(options: Options): GatewaySettings {
   };
 }
 
+function semanticOptions({ semantic, answerBytesMax }: Options["cache"]) {
+  const { ttlMs, bytesMax, precisionMin, judge } = semantic;
+  return { ttlMs, bytesMax, answerBytesMax, precisionMin, judge };
+}
+
 export function requestOptions({ cache, retry, timeouts }: Options): RequestOptions {
   return {
     attemptsMax: retry.attemptsMax,
@@ -52,6 +59,8 @@ export function requestOptions({ cache, retry, timeouts }: Options): RequestOpti
     stallMs: timeouts.stallMs,
     totalMs: timeouts.totalMs,
     lookupMs: cache.storeTimeoutMs + LOOKUP_MARGIN_MS,
+    matchMs: cache.semantic.matchMs,
+    judgeRatio: cache.semantic.judgeRatio,
     admitMs: ADMIT_MS,
   };
 }
