@@ -110,7 +110,10 @@ export type AnswerFacts = {
 export type FrontCommand =
   /** Answer from the cache. */
   | { kind: "front.answer"; requestId: RequestId; answer: StoredAnswer; facts: AnswerFacts }
-  /** Deliver the flight's bytes: what is there, then what comes, until it ends or fails. */
+  /**
+   * Deliver the flight's bytes: what is there, then what comes, until it ends or fails. A flight of another peer is
+   * named `<peer>/<id of its leader>`; how its delivery went is told as `request.relayed`.
+   */
   | { kind: "front.attach"; requestId: RequestId; flightId: RequestId; facts: AnswerFacts }
   /** Refused or failed before any byte. `message` replaces the code's own text. */
   | {
@@ -122,8 +125,9 @@ export type FrontCommand =
       facts: AnswerFacts;
     }
   /** The flight that this request led is over: its body and answer leave the data plane. Comes after every
-   *  `front.attach` to that flight; readers that are attached read on to the end. */
-  | { kind: "front.forget"; requestId: RequestId }
+   *  `front.attach` to that flight here; readers that are attached read on to the end. `isShared`: readers of other
+   *  peers may still be on their way. */
+  | { kind: "front.forget"; requestId: RequestId; isShared: boolean }
   /** A semantic hit was served and is to be judged: ask a node the same, for nobody. Comes before `forget`. */
   | { kind: "front.ask_again"; requestId: RequestId; entryId: string; similarity: number }
   /** The request actor lost its state: every open request it held is answered `internal`. */

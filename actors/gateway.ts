@@ -14,6 +14,7 @@
  */
 import type { Actor, ActorRef, ChildSpec, SupervisorSpec } from "../runtime/actor.ts";
 import { CacheActor, type CacheMessage, type CacheOptions } from "./cache.ts";
+import { CachePlacement } from "./cache-placement.ts";
 import type {
   EmbedderCommand,
   FrontCommand,
@@ -78,14 +79,20 @@ export class GatewayRefs {
   readonly scraper: ActorRef<ScraperCommand>;
   readonly store: ActorRef<StoreCommand>;
   readonly embedder: ActorRef<EmbedderCommand>;
-  readonly cacheShards: readonly ActorRef<CacheMessage>[];
+  readonly cache: CachePlacement;
   readonly limiter: ActorRef<RateLimiterMessage>;
   readonly router: ActorRef<RouterMessage>;
   readonly requests: ActorRef<RequestMessage>;
   readonly #makeRef: MakeRef;
   readonly #nodes = new Map<NodeId, ActorRef<GpuNodeMessage>>();
 
-  constructor(makeRef: MakeRef, cacheShards: number, root: string = ROOT) {
+  /** @param sharesCache the cache is spread over the peers of a cluster, of which `root` is one */
+  constructor(
+    makeRef: MakeRef,
+    cacheShards: number,
+    root: string = ROOT,
+    sharesCache: boolean = false,
+  ) {
     this.#makeRef = makeRef;
     this.root = root;
     this.front = makeRef(`${root}/edges/front`);
@@ -93,7 +100,7 @@ export class GatewayRefs {
     this.scraper = makeRef(`${root}/edges/scraper`);
     this.store = makeRef(`${root}/edges/store`);
     this.embedder = makeRef(`${root}/edges/embedder`);
-    this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`${root}/cache/${i}`));
+    this.cache = new CachePlacement(root, cacheShards, sharesCache, makeRef);
     this.limiter = makeRef(`${root}/limiter`);
     this.router = makeRef(`${root}/router`);
     this.requests = makeRef(`${root}/requests`);
@@ -120,13 +127,6 @@ export class GatewayRefs {
 
   forgetNode(node: NodeId): void {
     this.#nodes.delete(node);
-  }
-
-  /** The shard that owns a cache key, a scope or an entry (hex): its first 12 bits name one of 4096 buckets. */
-  cache(key: string): ActorRef<CacheMessage> {
-    const bucket = Number.parseInt(key.slice(0, 3), 16);
-    const shard = this.cacheShards[bucket % this.cacheShards.length];
-    return shard ?? this.#makeRef(`${this.root}/cache/0`);
   }
 }
 
@@ -158,7 +158,7 @@ export function gatewayTree(
       "cache",
       10,
       60_000,
-      refs.cacheShards.map((_, shard) =>
+      refs.cache.own.map((_, shard) =>
         actor<CacheMessage>(String(shard), () => new CacheActor({ ...cache, shard }, cacheStore)),
       ),
     ),
@@ -215,8 +215,7 @@ export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNo
 function requestRefs(refs: GatewayRefs, isEmbedding: boolean) {
   return {
     ...(isEmbedding ? { embedder: refs.embedder } : {}),
-    cache: (key: string) => refs.cache(key),
-    cacheShards: refs.cacheShards,
+    cache: refs.cache,
     limiter: refs.limiter,
     router: refs.router,
     node: (node: NodeId) => refs.node(node),

@@ -391,7 +391,7 @@ export class World {
   async books(): Promise<Books> {
     const nodes = await Promise.all(this.#nodes.map((node) => this.node(node)));
     const shards = await Promise.all(
-      this.refs.cacheShards.map((shard) =>
+      this.refs.cache.own.map((shard) =>
         this.ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
           kind: "cache.describe",
           replyTo,

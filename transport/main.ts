@@ -275,10 +275,10 @@ export class Gateway {
     return record === undefined ? undefined : explain(record);
   }
 
-  /** Removes a tenant's cached answers, or all; resolves with how many. */
+  /** Removes a tenant's cached answers, or all, from all peers; resolves with how many. */
   async purge(tenant: string | undefined): Promise<number> {
     const counts = await Promise.all(
-      this.#refs.cacheShards.map((shard) =>
+      this.#refs.cache.all.map((shard) =>
         this.#system.ask<CacheMessage, { removed: number }>(shard, 60_000, (replyTo) => ({
           kind: "cache.purge",
           ...(tenant === undefined ? {} : { tenant }),
@@ -291,7 +291,7 @@ export class Gateway {
 
   /** A caller's word on a stored answer; a wrong one is gone for good. False for an entry that is not there. */
   async feedback(entryId: string, tenant: string, isRight: boolean): Promise<boolean> {
-    const shard = this.#refs.cache(entryId);
+    const shard = this.#refs.cache.at(entryId);
     const outcome = await this.#ask<CacheMessage, { known: boolean }>(shard, (replyTo) => ({
       kind: "cache.feedback",
       entryId,
@@ -311,7 +311,7 @@ export class Gateway {
     const question =
       text === undefined || vector === undefined ? {} : { question: { text, vector } };
     const shards = await Promise.all(
-      this.#refs.cacheShards.map((shard) =>
+      this.#refs.cache.all.map((shard) =>
         this.#ask<CacheMessage, Inspection>(shard, (replyTo) => ({
           kind: "cache.inspect",
           tenant,
@@ -349,7 +349,7 @@ export class Gateway {
         replyTo,
       })),
       Promise.all(
-        this.#refs.cacheShards.map((shard) =>
+        this.#refs.cache.own.map((shard) =>
           this.#ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
             kind: "cache.describe",
             replyTo,

@@ -19,6 +19,7 @@
  * It does not choose whom to dial, nor who owns what.
  */
 import { randomBytes } from "node:crypto";
+import type { IncomingMessage, ServerResponse } from "node:http";
 import { assert } from "../runtime/actor.ts";
 import type { ActorSystem, Envelope, Remote } from "../runtime/system.ts";
 import { faultInHandshake } from "./peer-handshake.ts";
@@ -34,6 +35,8 @@ import {
 
 export type MeshOptions = Omit<LinksOptions, "randomBytes"> & {
   tls?: PeerTls;
+  /** What else is served on the port: flights (flight-relay.ts). False: not this. */
+  onRequest?: (request: IncomingMessage, response: ServerResponse) => boolean;
   /** For heartbeats: mail that waits in this process, and the epoch of its view of the members. */
   queueDepth?: () => number;
   epoch?: () => number;
@@ -116,7 +119,9 @@ export class PeerMesh {
   /** Takes connections there. The port that it got; rejects when it cannot. Once. */
   async listen(host: string, port: number): Promise<number> {
     assert(this.#server === undefined, "a mesh listens once");
+    const { onRequest } = this.#options;
     this.#server = new PeerServer(this.#socketOptions, {
+      ...(onRequest === undefined ? {} : { onRequest }),
       accepts: (remoteHost) => this.#links.accepts(remoteHost),
       onConnection: (connection, remoteHost, channel) => {
         const id = this.#links.accepted(connection, remoteHost, channel);

@@ -13,7 +13,12 @@
  * With TLS a server can ask for a certificate of the same authority (`isMutual`); the channel that the handshake
  * signs is then bound to this very TLS session.
  */
-import { createServer as createHttpServer, type IncomingMessage, type Server } from "node:http";
+import {
+  createServer as createHttpServer,
+  type IncomingMessage,
+  type Server,
+  type ServerResponse,
+} from "node:http";
 import { createServer as createHttpsServer } from "node:https";
 import type { AddressInfo, Socket } from "node:net";
 import type { Duplex } from "node:stream";
@@ -92,7 +97,8 @@ export function dialPeer(
   return new PeerSocket(new WebSocket(url, options), undefined, events);
 }
 
-function clientTls({ key, cert, ca, isMutual, serverName }: PeerTls) {
+/** Of a client of a peer's port. */
+export function clientTls({ key, cert, ca, isMutual, serverName }: PeerTls) {
   return {
     ...(isMutual ? { key, cert } : {}),
     ...(ca === undefined ? {} : { ca }),
@@ -190,6 +196,8 @@ function channelOf(raw: Duplex | undefined): string {
 
 /** Whom a server tells of its connections. */
 export type ServerEvents = {
+  /** What a peer asks on its port beside the WebSocket; false: nothing that is known. */
+  onRequest?(request: IncomingMessage, response: ServerResponse): boolean;
   /** False: the connection is not answered. */
   accepts(remoteHost: string): boolean;
   /** The events that this connection tells; it is open already. */
@@ -207,7 +215,8 @@ export class PeerServer {
     this.#server.headersTimeout = HANDSHAKE_MS;
     this.#server.requestTimeout = HANDSHAKE_MS;
     this.#server.maxConnections = CONNECTIONS_MAX;
-    this.#server.on("request", (_, response) => {
+    this.#server.on("request", (request, response) => {
+      if (events.onRequest?.(request, response) === true) return;
       response.writeHead(426, { "content-type": "text/plain", connection: "close" });
       response.end("This port is for peers of the cluster.\n");
     });
