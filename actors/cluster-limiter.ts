@@ -92,9 +92,7 @@ export type ClusterLimiterMessage =
   | { kind: "limits.describe"; replyTo: ReplyTo<ClusterLimiterDescription> };
 
 /** `moved`: this peer does not keep the key; who does, as it knows. */
-export type PeerAdmitReply =
-  | AdmitReply
-  | { kind: "moved"; owner: PeerId | undefined; epoch: number };
+export type PeerAdmitReply = AdmitReply | { kind: "moved"; owner: PeerId; epoch: number };
 
 /** How the limits are kept, for people and metrics. */
 export type ClusterLimiterDescription = {

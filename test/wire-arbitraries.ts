@@ -58,6 +58,7 @@ const limits: fc.Arbitrary<Limits> = fc.record(
     concurrent: amount,
     concurrentTokens: amount,
     tokensPerDay: amount,
+    whenUnreachable: fc.constantFrom("share", "refuse"),
   },
   { requiredKeys: [] },
 );
@@ -67,6 +68,22 @@ const limitState: fc.Arbitrary<LimitState> = fc.record(
   { atMs: instant, requests: allowance, tokens: allowance },
   { requiredKeys: ["atMs"] },
 );
+
+/** As a Float32Array holds them; −0 too, which is no other number to a cosine. */
+const vector: fc.Arbitrary<Float32Array> = fc.float32Array({
+  maxLength: 40,
+  noNaN: true,
+  noDefaultInfinity: true,
+});
+const question = { scope: text, tenant: text, model: text, text, vector };
+const policy = fc.record({
+  mode: fc.constantFrom("shadow", "fixed", "verified"),
+  similarityMin: amount,
+  errorRateMax: amount,
+  isStrict: flag,
+});
+const explored = fc.record({ entryId: text, similarity: instant });
+const share = fc.record({ count, total: count, share: amount, low: amount, high: amount });
 
 export const snapshots: fc.Arbitrary<NodeSnapshot> = fc.record(
   {
@@ -140,9 +157,16 @@ export const receivers: Readonly<Record<Kind, string>> = {
   "cache.flight_ended": "cache/3",
   "cache.owner_restarted": "cache/3",
   "cache.purge": "cache/3",
+  "cache.flight_answered": "cache/3",
+  "cache.match": "cache/3",
+  "cache.learn": "cache/3",
+  "cache.judge": "cache/3",
+  "cache.feedback": "cache/3",
+  "cache.inspect": "cache/3",
   "cache.describe": "cache/3",
   "flight.committed": "requests",
   "flight.ended": "requests",
+  "flight.answered": "requests",
   "flight.failed": "requests",
   "flight.promoted": "requests",
   "flight.abandoned": "requests",
@@ -150,6 +174,10 @@ export const receivers: Readonly<Record<Kind, string>> = {
   "limiter.settle": "limiter",
   "limiter.owner_restarted": "limiter",
   "limiter.describe": "limiter",
+  "limits.admit": "limits",
+  "limits.settle": "limits",
+  "members.heartbeat": "members",
+  "members.view": "members",
 };
 
 export const messages: { readonly [K in Kind]: fc.Arbitrary<Named<K>> } = {
@@ -237,6 +265,46 @@ export const messages: { readonly [K in Kind]: fc.Arbitrary<Named<K>> } = {
     { kind: kind("cache.purge"), tenant: text, replyTo },
     { requiredKeys: ["kind", "replyTo"] },
   ),
+  "cache.flight_answered": fc.record({
+    kind: kind("cache.flight_answered"),
+    key: text,
+    flightId: text,
+    answer,
+    replyTo,
+  }),
+  "cache.match": fc.record({
+    kind: kind("cache.match"),
+    question: fc.record({ ...question, policy }),
+    replyTo,
+  }),
+  "cache.learn": fc.record(
+    {
+      kind: kind("cache.learn"),
+      question: fc.record(question),
+      answer,
+      explored,
+      isShadow: flag,
+    },
+    { requiredKeys: ["kind", "question", "answer", "isShadow"] },
+  ),
+  "cache.judge": fc.record({ kind: kind("cache.judge"), explored, answer }),
+  "cache.feedback": fc.record({
+    kind: kind("cache.feedback"),
+    entryId: text,
+    tenant: text,
+    isRight: flag,
+    replyTo,
+  }),
+  "cache.inspect": fc.record(
+    {
+      kind: kind("cache.inspect"),
+      tenant: text,
+      count,
+      question: fc.record({ text, vector }),
+      replyTo,
+    },
+    { requiredKeys: ["kind", "tenant", "count", "replyTo"] },
+  ),
   "cache.describe": fc.record({ kind: kind("cache.describe"), replyTo }),
   "flight.committed": fc.record({
     kind: kind("flight.committed"),
@@ -246,6 +314,12 @@ export const messages: { readonly [K in Kind]: fc.Arbitrary<Named<K>> } = {
     attempts: count,
   }),
   "flight.ended": fc.record({ kind: kind("flight.ended"), requestId: text, flightId: text }),
+  "flight.answered": fc.record({
+    kind: kind("flight.answered"),
+    requestId: text,
+    flightId: text,
+    answer,
+  }),
   "flight.failed": fc.record(
     {
       kind: kind("flight.failed"),
@@ -279,6 +353,7 @@ export const messages: { readonly [K in Kind]: fc.Arbitrary<Named<K>> } = {
       promptTokens: amount,
       maxTokens: amount,
       expiresAtMs: instant,
+      takeover: count,
       replyTo,
     },
     {
@@ -298,6 +373,66 @@ export const messages: { readonly [K in Kind]: fc.Arbitrary<Named<K>> } = {
   }),
   "limiter.owner_restarted": fc.record({ kind: kind("limiter.owner_restarted"), owner: path }),
   "limiter.describe": fc.record({ kind: kind("limiter.describe"), replyTo }),
+  "limits.admit": fc.record(
+    {
+      kind: kind("limits.admit"),
+      from: path,
+      requestId: text,
+      key: text,
+      limits,
+      model: text,
+      promptTokens: amount,
+      maxTokens: amount,
+      expiresInMs: amount,
+      replyTo,
+    },
+    {
+      requiredKeys: [
+        ...(["kind", "from", "requestId", "key", "limits", "model"] as const),
+        ...(["promptTokens", "expiresInMs", "replyTo"] as const),
+      ],
+    },
+  ),
+  "limits.settle": fc.record({
+    kind: kind("limits.settle"),
+    from: path,
+    requestId: text,
+    key: text,
+    promptTokens: amount,
+    cachedTokens: amount,
+    outputTokens: amount,
+  }),
+  "members.heartbeat": fc.record({
+    kind: kind("members.heartbeat"),
+    from: path,
+    incarnation: count,
+    heartbeat: fc.record({
+      seq: count,
+      loopLagMs: amount,
+      queueDepth: count,
+      epoch: count,
+      viewHash: count,
+      renewsLease: flag,
+      heard: fc.array(fc.record({ id: path, incarnation: count, seq: count }), { maxLength: 3 }),
+    }),
+  }),
+  "members.view": fc.record({
+    kind: kind("members.view"),
+    view: fc.record({
+      epoch: count,
+      entries: fc.array(
+        fc.record({
+          id: path,
+          incarnation: count,
+          address: path,
+          version: text,
+          state: fc.constantFrom("joining", "alive", "removed", "left"),
+          stamp: count,
+        }),
+        { maxLength: 3 },
+      ),
+    }),
+  }),
 };
 
 type Asked = {
@@ -310,7 +445,7 @@ type Asked = {
 type ReplyOf<K extends Kind> = Named<K> extends { replyTo?: ReplyTo<infer R> } ? R : never;
 
 const numbers = <const N extends string>(...names: N[]): fc.Arbitrary<Record<N, number>> =>
-  fc.tuple(...names.map(() => amount)).map((values) => {
+  fc.tuple(...names.map(() => count)).map((values) => {
     const entries = names.map((name, index) => [name, values[index] ?? 0]);
     return Object.fromEntries(entries) as Record<N, number>;
   });
@@ -372,6 +507,64 @@ export const replies: { readonly [K in Asked]: fc.Arbitrary<ReplyOf<K>> } = {
   ),
   "cache.flight_ended": fc.record({ kind: kind("closed") }),
   "cache.purge": fc.record({ removed: count }),
+  "cache.flight_answered": fc.record({ kind: kind("closed") }),
+  "cache.match": fc.oneof(
+    fc.record({
+      kind: kind("hit"),
+      entryId: text,
+      similarity: instant,
+      answer,
+      ageMs: instant,
+      says: text,
+    }),
+    fc.record({ kind: kind("explore"), entryId: text, similarity: instant, says: text }),
+    fc.record({ kind: kind("miss"), says: text }),
+  ),
+  "cache.feedback": fc.record({ known: flag }),
+  "cache.inspect": fc.record({
+    entries: fc.array(
+      fc.record(
+        {
+          entryId: text,
+          question: text,
+          ageMs: instant,
+          expiresInMs: instant,
+          answerBytes: count,
+          labels: count,
+          similarityMin: amount,
+          similarity: instant,
+          blocked: text,
+        },
+        {
+          requiredKeys: [
+            ...(["entryId", "question", "ageMs", "expiresInMs", "answerBytes"] as const),
+            ...(["labels", "similarityMin"] as const),
+          ],
+        },
+      ),
+      { maxLength: 3 },
+    ),
+    judged: fc.array(
+      fc.record({
+        tenant: text,
+        model: text,
+        state: fc.constantFrom("on", "off"),
+        shadow: fc.record({
+          lookups: count,
+          hits: share,
+          falseHits: share,
+          unjudged: count,
+          bands: fc.array(fc.record({ from: amount, falseHits: share }), { maxLength: 2 }),
+        }),
+      }),
+      { maxLength: 2 },
+    ),
+  }),
+  "limits.admit": fc.oneof(
+    fc.record({ kind: kind("granted"), reservedTokens: amount, state: limitState }),
+    fc.record({ kind: kind("refused"), code, retryAfterMs: amount, state: limitState }),
+    fc.record({ kind: kind("moved"), owner: text, epoch: count }),
+  ),
   "cache.describe": numbers(
     ...(["entries", "bytes", "bytesMax", "flights", "participants", "hits", "storeHits"] as const),
     ...([

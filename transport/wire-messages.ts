@@ -8,21 +8,39 @@
  * To let another message cross: add it to `CrossingMessage`, and the compiler asks for its row; then list its fields
  * in `structures` of wire.ts if it is frequent.
  */
-import type { CacheMessage, FlightNews, FlightResult, LookupReply } from "../actors/cache.ts";
+import type {
+  CacheDescription,
+  CacheMessage,
+  FlightNews,
+  FlightResult,
+  LookupReply,
+} from "../actors/cache.ts";
 import type { CircuitCause } from "../actors/circuit-breaker.ts";
+import type { ClusterLimiterMessage, PeerAdmitReply } from "../actors/cluster-limiter.ts";
 import type { ScraperEvent } from "../actors/edges.ts";
 import { type ErrorCode, errorFacts } from "../actors/errors.ts";
 import type { AcquireReply, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
+import type { ShadowSummary, Share } from "../actors/judged-precision.ts";
+import type { MembersMessage } from "../actors/members.ts";
+import type { Heartbeat, MemberState, View, ViewEntry } from "../actors/membership.ts";
 import type {
   CircuitState,
   LeaseOutcome,
   LimitState,
   Limits,
   NodeSnapshot,
+  SemanticPolicy,
   StoredAnswer,
 } from "../actors/protocol.ts";
 import type { AdmitReply, LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RouterMessage } from "../actors/router.ts";
+import type {
+  Explored,
+  InspectedEntry,
+  JudgedPool,
+  Matched,
+  Question,
+} from "../actors/semantic-shard.ts";
 import type { AskFailure, ReplyTo } from "../runtime/actor.ts";
 import {
   actorRef,
@@ -44,6 +62,7 @@ import {
   type Shape,
   text,
   union,
+  vector,
 } from "./wire-shape.ts";
 
 /** Everything that actors of different processes say to each other, replies apart. */
@@ -52,10 +71,12 @@ export type CrossingMessage =
   | Extract<RouterMessage, { kind: "router.node_changed" | "router.may_eject" }>
   | Exclude<CacheMessage, { kind: "cache.configure" }>
   | FlightNews
-  | RateLimiterMessage;
+  | Exclude<RateLimiterMessage, { kind: "limiter.owner_lost" }>
+  | Extract<MembersMessage, { kind: "members.heartbeat" | "members.view" }>
+  | Extract<ClusterLimiterMessage, { kind: "limits.admit" | "limits.settle" }>;
 
 /** The actors that may be spoken to, by the second part of their path. */
-type Receiver = "nodes" | "router" | "cache" | "limiter" | "requests";
+type Receiver = "nodes" | "router" | "cache" | "limiter" | "requests" | "members" | "limits";
 
 type ReplyShape<M> = M extends { replyTo: ReplyTo<infer R> }
   ? { reply: Shape<R> }
@@ -75,6 +96,10 @@ const ANSWER_BYTES_MAX = 64 * 1024 * 1024;
 const DETAIL_LENGTH_MAX = 4096;
 const MODELS_MAX = 4096;
 const DESCRIBED_MAX = 65_536;
+/** A question, as clients may send it. */
+const QUESTION_LENGTH_MAX = 1 << 20;
+/** As many as a cluster may have. */
+const MEMBERS_MAX = 256;
 
 const detail = text(DETAIL_LENGTH_MAX);
 const code = oneOf(...(Object.keys(errorFacts) as ErrorCode[]));
@@ -131,6 +156,7 @@ const limits = record<Limits>({
   concurrent: optional(amount),
   concurrentTokens: optional(amount),
   tokensPerDay: optional(amount),
+  whenUnreachable: optional(oneOf("share", "refuse")),
 });
 
 const allowance = record<NonNullable<LimitState["requests"]>>({
@@ -256,7 +282,7 @@ const flightResult = union<FlightResult>({
   }),
 });
 
-const admitReply = union<AdmitReply>({
+const admitReplies = {
   granted: record<Extract<AdmitReply, { kind: "granted" }>>({
     kind: exactly("granted"),
     reservedTokens: amount,
@@ -267,6 +293,17 @@ const admitReply = union<AdmitReply>({
     code,
     retryAfterMs: amount,
     state: limitState,
+  }),
+};
+const admitReply = union<AdmitReply>(admitReplies);
+
+const peerAdmitReply = union<PeerAdmitReply>({
+  granted: admitReplies.granted,
+  refused: admitReplies.refused,
+  moved: record<Extract<PeerAdmitReply, { kind: "moved" }>>({
+    kind: exactly("moved"),
+    owner: id,
+    epoch: count,
   }),
 });
 
@@ -289,6 +326,155 @@ const limiterDescription = record<LimiterDescription>({
   stale: count,
   keysForgotten: count,
   overflows: count,
+});
+
+const cacheDescription = record<CacheDescription>({
+  entries: count,
+  bytes: count,
+  bytesMax: count,
+  flights: count,
+  participants: count,
+  hits: count,
+  storeHits: count,
+  misses: count,
+  joins: count,
+  stores: count,
+  evictions: count,
+  expired: count,
+  tooLarge: count,
+  purgedAnswers: count,
+  overflows: count,
+  storeFailures: count,
+  lapses: count,
+  stale: count,
+  scopes: optional(count),
+  questions: optional(count),
+  semanticBytes: optional(count),
+  semanticHits: optional(count),
+  explorations: optional(count),
+  semanticMisses: optional(count),
+  learnt: optional(count),
+  semanticEvictions: optional(count),
+  semanticExpired: optional(count),
+  unlearnt: optional(count),
+  judgedRight: optional(count),
+  judgedWrong: optional(count),
+  unjudged: optional(count),
+  removed: optional(count),
+  switchedOff: optional(count),
+});
+
+// ---- questions by meaning -----------------------------------------------------------------------------------
+
+const questionText = text(QUESTION_LENGTH_MAX);
+
+const policy = record<SemanticPolicy>({
+  mode: oneOf("shadow", "fixed", "verified"),
+  similarityMin: finite,
+  errorRateMax: finite,
+  isStrict: flag,
+});
+
+const unjudgedQuestion = {
+  scope: id,
+  tenant: id,
+  model: id,
+  text: questionText,
+  vector,
+};
+const question = record<Question>({ ...unjudgedQuestion, policy });
+
+const explored = record<Explored>({ entryId: id, similarity: finite });
+
+const matched = union<Matched>({
+  hit: record<Extract<Matched, { kind: "hit" }>>({
+    kind: exactly("hit"),
+    entryId: id,
+    similarity: finite,
+    answer: storedAnswer,
+    ageMs: finite,
+    says: detail,
+  }),
+  explore: record<Extract<Matched, { kind: "explore" }>>({
+    kind: exactly("explore"),
+    entryId: id,
+    similarity: finite,
+    says: detail,
+  }),
+  miss: record<Extract<Matched, { kind: "miss" }>>({ kind: exactly("miss"), says: detail }),
+});
+
+const inspectedEntry = record<InspectedEntry>({
+  entryId: id,
+  question: questionText,
+  ageMs: finite,
+  expiresInMs: finite,
+  answerBytes: count,
+  labels: count,
+  similarityMin: finite,
+  similarity: optional(finite),
+  blocked: optional(detail),
+});
+
+const share = record<Share>({
+  count,
+  total: count,
+  share: finite,
+  low: finite,
+  high: finite,
+});
+
+const judgedPool = record<JudgedPool>({
+  tenant: id,
+  model: id,
+  state: oneOf("on", "off"),
+  shadow: record<ShadowSummary>({
+    lookups: count,
+    hits: share,
+    falseHits: share,
+    unjudged: count,
+    bands: list(
+      record<ShadowSummary["bands"][number]>({ from: finite, falseHits: share }),
+      DESCRIBED_MAX,
+    ),
+  }),
+});
+
+// ---- members ------------------------------------------------------------------------------------------------
+
+const memberStates: Readonly<Record<MemberState, true>> = {
+  joining: true,
+  alive: true,
+  removed: true,
+  left: true,
+};
+
+const heartbeat = record<Heartbeat>({
+  seq: count,
+  loopLagMs: amount,
+  queueDepth: count,
+  epoch: count,
+  viewHash: count,
+  renewsLease: flag,
+  heard: list(
+    record<Heartbeat["heard"][number]>({ id: path, incarnation: count, seq: count }),
+    MEMBERS_MAX,
+  ),
+});
+
+const view = record<View>({
+  epoch: count,
+  entries: list(
+    record<ViewEntry>({
+      id: path,
+      incarnation: count,
+      address: path,
+      version: id,
+      state: oneOf(...(Object.keys(memberStates) as MemberState[])),
+      stamp: count,
+    }),
+    MEMBERS_MAX,
+  ),
 });
 
 type Named<K extends CrossingMessage["kind"]> = Extract<CrossingMessage, { kind: K }>;
@@ -433,29 +619,71 @@ const rows: { readonly [K in CrossingMessage["kind"]]: Row<Named<K>> } = {
     }),
     reply: record<{ removed: number }>({ removed: count }),
   },
+  "cache.flight_answered": {
+    to: "cache",
+    shape: record<Named<"cache.flight_answered">>({
+      kind: exactly("cache.flight_answered"),
+      key: id,
+      flightId: id,
+      answer: storedAnswer,
+      replyTo,
+    }),
+    reply: record<{ kind: "closed" }>({ kind: exactly("closed") }),
+  },
+  "cache.match": {
+    to: "cache",
+    shape: record<Named<"cache.match">>({ kind: exactly("cache.match"), question, replyTo }),
+    reply: matched,
+  },
+  "cache.learn": {
+    to: "cache",
+    shape: record<Named<"cache.learn">>({
+      kind: exactly("cache.learn"),
+      question: record<Omit<Question, "policy">>(unjudgedQuestion),
+      answer: storedAnswer,
+      explored: optional(explored),
+      isShadow: flag,
+    }),
+  },
+  "cache.judge": {
+    to: "cache",
+    shape: record<Named<"cache.judge">>({
+      kind: exactly("cache.judge"),
+      explored,
+      answer: storedAnswer,
+    }),
+  },
+  "cache.feedback": {
+    to: "cache",
+    shape: record<Named<"cache.feedback">>({
+      kind: exactly("cache.feedback"),
+      entryId: id,
+      tenant: id,
+      isRight: flag,
+      replyTo,
+    }),
+    reply: record<{ known: boolean }>({ known: flag }),
+  },
+  "cache.inspect": {
+    to: "cache",
+    shape: record<Named<"cache.inspect">>({
+      kind: exactly("cache.inspect"),
+      tenant: id,
+      count,
+      question: optional(
+        record<{ text: string; vector: Float32Array }>({ text: questionText, vector }),
+      ),
+      replyTo,
+    }),
+    reply: record<{ entries: InspectedEntry[]; judged: JudgedPool[] }>({
+      entries: list(inspectedEntry, DESCRIBED_MAX),
+      judged: list(judgedPool, DESCRIBED_MAX),
+    }),
+  },
   "cache.describe": {
     to: "cache",
     shape: record<Named<"cache.describe">>({ kind: exactly("cache.describe"), replyTo }),
-    reply: numbersBy(
-      "entries",
-      "bytes",
-      "bytesMax",
-      "flights",
-      "participants",
-      "hits",
-      "storeHits",
-      "misses",
-      "joins",
-      "stores",
-      "evictions",
-      "expired",
-      "tooLarge",
-      "purgedAnswers",
-      "overflows",
-      "storeFailures",
-      "lapses",
-      "stale",
-    ),
+    reply: cacheDescription,
   },
   "flight.committed": {
     to: "requests",
@@ -473,6 +701,15 @@ const rows: { readonly [K in CrossingMessage["kind"]]: Row<Named<K>> } = {
       kind: exactly("flight.ended"),
       requestId: id,
       flightId: id,
+    }),
+  },
+  "flight.answered": {
+    to: "requests",
+    shape: record<Named<"flight.answered">>({
+      kind: exactly("flight.answered"),
+      requestId: id,
+      flightId: id,
+      answer: storedAnswer,
     }),
   },
   "flight.failed": {
@@ -515,6 +752,7 @@ const rows: { readonly [K in CrossingMessage["kind"]]: Row<Named<K>> } = {
       promptTokens: amount,
       maxTokens: optional(amount),
       expiresAtMs: instant,
+      takeover: optional(count),
       replyTo,
     }),
     reply: admitReply,
@@ -541,6 +779,48 @@ const rows: { readonly [K in CrossingMessage["kind"]]: Row<Named<K>> } = {
     to: "limiter",
     shape: record<Named<"limiter.describe">>({ kind: exactly("limiter.describe"), replyTo }),
     reply: limiterDescription,
+  },
+  "limits.admit": {
+    to: "limits",
+    shape: record<Named<"limits.admit">>({
+      kind: exactly("limits.admit"),
+      from: path,
+      requestId: id,
+      key: id,
+      limits,
+      model: id,
+      promptTokens: amount,
+      maxTokens: optional(amount),
+      expiresInMs: amount,
+      replyTo,
+    }),
+    reply: peerAdmitReply,
+  },
+  "limits.settle": {
+    to: "limits",
+    shape: record<Named<"limits.settle">>({
+      kind: exactly("limits.settle"),
+      from: path,
+      requestId: id,
+      key: id,
+      promptTokens: amount,
+      cachedTokens: amount,
+      outputTokens: amount,
+    }),
+  },
+  "members.heartbeat": {
+    to: "members",
+    shape: record<Named<"members.heartbeat">>({
+      kind: exactly("members.heartbeat"),
+      from: path,
+      incarnation: count,
+      heartbeat,
+    }),
+    conflate: ({ from, incarnation }) => `${from} ${incarnation}`,
+  },
+  "members.view": {
+    to: "members",
+    shape: record<Named<"members.view">>({ kind: exactly("members.view"), view }),
   },
 };
 

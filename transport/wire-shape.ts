@@ -101,6 +101,16 @@ export function bytes(lengthMax: number): Shape<Uint8Array> {
   };
 }
 
+/** Beyond the longest of any embedder that is configured. */
+const DIMENSION_MAX = 8192;
+
+/** Of an embedding: every number finite. */
+export const vector: Shape<Float32Array> = shape(
+  `at most ${DIMENSION_MAX} finite numbers`,
+  (value) =>
+    value instanceof Float32Array && value.length <= DIMENSION_MAX && value.every(Number.isFinite),
+);
+
 export function oneOf<const T extends string>(...words: readonly T[]): Shape<T> {
   const set = new Set<unknown>(words);
   return shape(`one of ${words.join(", ")}`, (value) => set.has(value));

@@ -60,6 +60,10 @@ const admitKeys = [
   ...["kind", "requestId", "owner", "key", "limits", "model", "promptTokens"],
 ] as const;
 
+const peerAdmitKeys = [
+  ...["kind", "from", "requestId", "key", "limits", "model", "promptTokens"],
+] as const;
+
 /**
  * Key lists of the objects that travel, in the order in which their senders build them; the frequent ones first, as
  * 32 have numbers of one byte. An object with other keys, or in another order, is as right, and longer.
@@ -116,6 +120,31 @@ const structures: readonly (readonly string[])[] = [
   ["atMs"],
   ["requestsPerMinute", "tokensPerMinute"],
   [...admitKeys, "expiresAtMs", "replyTo"],
+  [...admitKeys, "maxTokens", "expiresAtMs", "takeover", "replyTo"],
+  [...peerAdmitKeys, "expiresInMs", "replyTo"],
+  [...peerAdmitKeys, "maxTokens", "expiresInMs", "replyTo"],
+  ["kind", "from", "requestId", "key", "promptTokens", "cachedTokens", "outputTokens"],
+  ["kind", "owner", "epoch"],
+  // Members.
+  ["kind", "from", "incarnation", "heartbeat"],
+  ["seq", "loopLagMs", "queueDepth", "epoch", "viewHash", "renewsLease", "heard"],
+  ["id", "incarnation", "seq"],
+  ["kind", "view"],
+  ["epoch", "entries"],
+  ["id", "incarnation", "address", "version", "state", "stamp"],
+  // Questions by meaning.
+  ["kind", "question", "replyTo"],
+  ["scope", "tenant", "model", "text", "vector", "policy"],
+  ["scope", "tenant", "model", "text", "vector"],
+  ["mode", "similarityMin", "errorRateMax", "isStrict"],
+  ["kind", "says"],
+  ["kind", "entryId", "similarity", "answer", "ageMs", "says"],
+  ["kind", "entryId", "similarity", "says"],
+  ["entryId", "similarity"],
+  ["kind", "question", "answer", "isShadow"],
+  ["kind", "explored", "answer"],
+  ["kind", "key", "flightId", "answer", "replyTo"],
+  ["kind", "requestId", "flightId", "answer"],
   ["kind", "code", "retryAfterMs", "state"],
   ["kind", "reason"],
   ["kind", "key", "requestId"],
@@ -248,6 +277,18 @@ for (const type of [0x42, 0x62, 0x65, 0x69, 0x70, 0x73, 0x74, 0x78, 0xff]) {
     },
   });
 }
+
+/** Vectors, as bytes: little-endian, as every machine is that runs Node on a GPU host. Copied out of the frame. */
+addExtension({
+  Class: Float32Array,
+  type: 0x56,
+  pack: ({ buffer, byteOffset, byteLength }: Float32Array) =>
+    Buffer.from(buffer, byteOffset, byteLength),
+  unpack: (bytes: Uint8Array) => {
+    if (bytes.length % 4 !== 0) throw new RangeError("a vector of a broken length");
+    return new Float32Array(new Uint8Array(bytes).buffer);
+  },
+});
 
 /** One encoder and one decoder for all links. */
 class Codec {
