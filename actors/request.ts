@@ -81,8 +81,8 @@ export type RequestMessage =
   | ViewChanged
   /** The connection with that peer is gone: what was under way either way may be lost. Comes before a new one is up. */
   | { kind: "request.peer_down"; peer: PeerId }
-  /** The front has delivered a flight of another peer; `isLost`: its bytes cannot be had, and none has been delivered. */
-  | { kind: "request.relayed"; requestId: RequestId; isLost: boolean }
+  /** How the front has delivered a flight of another peer. */
+  | { kind: "request.relayed"; requestId: RequestId; how: Relayed }
   | LookedUp
   | GotVector
   | GotMatch
@@ -107,6 +107,9 @@ type Admitted = {
   key: string;
   outcome: AskOutcome<AdmitReply>;
 };
+/** `broken`: the client was shown an error; `lost`: its bytes cannot be had, and the client has none yet. */
+type Relayed = "whole" | "broken" | "lost";
+
 /** The cache's word on the end of a flight, or none. */
 type FlightOver = {
   kind: "request.flight_closed";
@@ -287,7 +290,7 @@ export class RequestActor implements Actor<RequestMessage> {
       case "request.peer_down":
         return this.#onPeerDown(message.peer, context);
       case "request.relayed":
-        return this.#onRelayed(message.requestId, message.isLost, context);
+        return this.#onRelayed(message.requestId, message.how, context);
       case "request.cache_ended":
         return this.#onCacheEnded(message.path, context);
       case "request.watch_due":
@@ -1151,17 +1154,18 @@ export class RequestActor implements Actor<RequestMessage> {
     }
   }
 
-  #onRelayed(requestId: RequestId, isLost: boolean, context: Context<RequestMessage>): void {
+  #onRelayed(requestId: RequestId, how: Relayed, context: Context<RequestMessage>): void {
     const request = this.#requests.get(requestId);
     if (request?.phase !== "following") {
-      if (!isLost) return;
+      if (how !== "lost") return;
       // Past its deadline: nobody else will answer it.
       const facts: AnswerFacts = { cache: "joined", attempts: 0, queuedMs: 0 };
       context.tell(this.#refs.front, { kind: "front.refuse", requestId, code: "internal", facts });
       return;
     }
     this.#leaveFlight(request, context);
-    if (!isLost) return this.#end(request, "ok", undefined, context);
+    if (how === "whole") return this.#end(request, "ok", undefined, context);
+    if (how === "broken") return this.#end(request, "failed", "stream_broken", context);
     if (request.rejoins++ < REJOINS_MAX) return this.#askAnew(request, context);
     this.#refuse(request, "internal", context);
   }

@@ -526,7 +526,7 @@ export class Front implements Actor<FrontCommand> {
     open.answer = null;
     open.state = "waiting";
     const { requestId } = open;
-    this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, isLost: true });
+    this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, how: "lost" });
   }
 
   #dropRelay(open: Open): void {
@@ -633,7 +633,7 @@ export class Front implements Actor<FrontCommand> {
     facts?: AnswerFacts,
   ): void {
     writeError(open.sink, code, this.#headers(open, facts), message, undefined, retryAfterMs);
-    this.#done(open);
+    this.#done(open, "broken");
   }
 
   /** Bytes are out: an error event where the form allows it, and an end that no client takes for a good one. */
@@ -642,7 +642,7 @@ export class Front implements Actor<FrontCommand> {
       open.sink.write(Buffer.from(`data: ${JSON.stringify(errorBody(code))}\n\n`));
       open.sink.end(); // Without [DONE].
     } else open.sink.destroy();
-    this.#done(open);
+    this.#done(open, "broken");
   }
 
   #cutSlowReader(open: Open): void {
@@ -652,7 +652,8 @@ export class Front implements Actor<FrontCommand> {
     this.#tellLeft(open.requestId);
   }
 
-  #done(open: Open): void {
+  /** @param how it was delivered, if it is another peer's flight */
+  #done(open: Open, how: "whole" | "broken" = "whole"): void {
     open.state = "done";
     open.reader?.close();
     open.reader = null;
@@ -661,7 +662,7 @@ export class Front implements Actor<FrontCommand> {
     if (open.relay !== null) {
       this.#dropRelay(open);
       const { requestId } = open;
-      this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, isLost: false });
+      this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, how });
     }
     if (this.#open.size === 0 && this.#onIdle !== null) this.#onIdle();
   }
