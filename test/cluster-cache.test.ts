@@ -84,7 +84,7 @@ class Peers {
     return undefined;
   }
 
-  /** The link breaks; both sides hear of it. `heals`: it is back at once. */
+  /** The link breaks; both sides hear of it. `heals`: it is back at once, and its session goes on. */
   cut(one: string, other: string, heals = false): void {
     if (one === other) return;
     const pair = pairOf(one, other);
@@ -95,7 +95,7 @@ class Peers {
       [other, one],
     ] as const) {
       const here = this.alive.find((each) => each.id === id);
-      if (here !== undefined) this.#down(here, gone);
+      if (here !== undefined) this.#down(here, gone, heals);
     }
     for (const relay of [...this.#relays]) {
       const ends = [relay.reader.id, relay.leader.id];
@@ -108,14 +108,14 @@ class Peers {
   }
 
   /** As transport/cluster.ts does on "peer.down" and "peer.lost". */
-  #down({ world }: Peer, gone: string): void {
+  #down({ world }: Peer, gone: string, resumes: boolean): void {
     const { system, refs } = world;
     const isGone = (path: string) => peerOf(path) === gone;
     system.interrupted(isGone);
     for (const shard of refs.cache.own)
       system.tell(shard, { kind: "cache.owner_restarted", owner: `${gone}/requests` });
     system.tell(refs.requests, { kind: "request.peer_down", peer: gone });
-    system.disconnected(isGone);
+    if (!resumes) system.disconnected(isGone);
   }
 
   /** As kill -9. */
@@ -123,7 +123,8 @@ class Peers {
     const dead = this.at(id);
     dead.isDead = true;
     dead.world.system.stopAll();
-    for (const other of this.alive) this.cut(id, other.id, true);
+    for (const other of this.alive) this.cut(id, other.id);
+    for (const other of this.alive) this.#cut.delete(pairOf(id, other.id));
     for (const relay of [...this.#relays]) if (relay.reader === dead) this.#relays.delete(relay);
   }
 
@@ -320,6 +321,47 @@ describe("one cache over peers", () => {
     for (const { peer, id } of [...before, ...after]) expect(peers.answers(peer, id)).toBe(1);
     expect(peers.starts).toBe(2);
     await peers.expectBalanced();
+  });
+
+  it("a link that breaks for a moment: both its sides count on nothing that was on it", async () => {
+    for (const [leader, owner, joiner] of ["abc", "bac", "aab", "abb"]) {
+      for (const afterMs of [5, 30, 52, 80]) {
+        const peers = new Peers(["a", "b", "c"]);
+        const question = questionOf(peers, owner ?? "");
+        const ids = [leader, joiner, joiner].map((id) => {
+          const peer = peers.at(id ?? "");
+          const sent = { peer, id: peer.world.submit(question) };
+          peers.run(3);
+          return sent;
+        });
+        peers.run(afterMs);
+        peers.cut("a", "b", true);
+        peers.run(10_000);
+        for (const { peer, id } of ids) expect(peers.answers(peer, id)).toBe(1);
+        await peers.expectBalanced();
+      }
+    }
+  });
+
+  it("a lead that comes to one who has just left passes on", async () => {
+    for (let leftAtMs = 36; leftAtMs <= 46; leftAtMs++) {
+      const peers = new Peers(["a", "b", "c"]);
+      const question = questionOf(peers, "b");
+      const deadlineAtMs = peers.clock.nowUs() / 1000 + 40; // Before the first token.
+      peers.at("a").world.submit(question, { deadlineAtMs });
+      peers.run(3);
+      const next = peers.at("c").world.submit(question);
+      peers.run(3);
+      const last = peers.at("a").world.submit(question);
+      peers.run(leftAtMs - 6);
+      peers.at("c").world.leave(next);
+      // Its owner changes meanwhile, which must not hide where the flight is.
+      peers.setView(["a", "c"], []);
+      peers.run(1000);
+      expect(peers.answers(peers.at("a"), last)).toBe(1);
+      peers.run(60_000);
+      await peers.expectBalanced();
+    }
   });
 
   it("a suspect owner is not waited for", () => {
