@@ -92,7 +92,7 @@ function wrongHostPort(value: string): string | undefined {
 
 /** Part of every path of its actors: no slash. */
 function wrongPeerId(value: string): string | undefined {
-  return /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(value) ? undefined : "is not a valid id";
+  return /^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(value) ? undefined : "is not a valid id";
 }
 
 function wrongAdvertised(value: string): string | undefined {
@@ -260,7 +260,7 @@ const cluster = group(
       doc:
         "Name of this peer: one of its own, and the same after a restart. Unset = the host's name and " +
         "listen.port; with port 0 the host's name and a random part.",
-      accepted: "1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+      accepted: "1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit",
       wrong: wrongPeerId,
     }).exactOptional(),
     listen: group("Where peers connect.", "restart", {

@@ -254,7 +254,8 @@ export class PeerServer {
   listen(host: string, port: number): Promise<number> {
     return new Promise((resolve, reject) => {
       this.#server.once("error", reject);
-      this.#server.listen(port, host, () => {
+      // Not shared by workers of one machine, as their public port is: each is a peer of its own.
+      this.#server.listen({ host, port, exclusive: true }, () => {
         this.#server.off("error", reject);
         const address = this.#server.address() as AddressInfo | null;
         resolve(address?.port ?? port);
