@@ -35,8 +35,8 @@ export type PlacementMessage =
 export type PlacementEvent = {
   kind: "placement.node_moved";
   node: NodeId;
-  from?: PeerId;
-  to?: PeerId;
+  before?: PeerId;
+  owner?: PeerId;
 };
 
 export type PlacementOptions = {
@@ -92,29 +92,27 @@ export class NodePlacementActor implements Actor<PlacementMessage> {
     }
   }
 
-  #move(settings: NodeSettings, to: PeerId, context: Context<PlacementMessage>): void {
+  #move(settings: NodeSettings, owner: PeerId, context: Context<PlacementMessage>): void {
     const { self, refs } = this.#options;
     const { node } = settings;
-    const from = refs.placeOf(node);
-    if (from === to) return;
-    if (from === self) context.stop(refs.node(node));
-    refs.placeNode(node, to);
-    if (to === self) context.spawn(refs.nodesPath, nodeSpec(settings, refs));
+    const before = refs.placeOf(node);
+    if (before === owner) return;
+    if (before === self) context.stop(refs.node(node));
+    refs.placeNode(node, owner);
+    if (owner === self) context.spawn(refs.nodesPath, nodeSpec(settings, refs));
     context.tell(refs.router, { kind: "router.node_moved", node });
-    this.#emit(
-      { kind: "placement.node_moved", node, ...(from === undefined ? {} : { from }), to },
-      context,
-    );
+    const known = before === undefined ? {} : { before };
+    this.#emit({ kind: "placement.node_moved", node, ...known, owner }, context);
   }
 
   #remove(node: NodeId, context: Context<PlacementMessage>): void {
     const { self, refs } = this.#options;
-    const from = refs.placeOf(node);
-    if (from === undefined) return;
-    if (from === self) context.stop(refs.node(node));
+    const before = refs.placeOf(node);
+    if (before === undefined) return;
+    if (before === self) context.stop(refs.node(node));
     context.tell(refs.router, { kind: "router.node_removed", node });
     refs.forgetNode(node);
-    this.#emit({ kind: "placement.node_moved", node, from }, context);
+    this.#emit({ kind: "placement.node_moved", node, before }, context);
   }
 
   #emit(event: PlacementEvent, context: Context<PlacementMessage>): void {

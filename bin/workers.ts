@@ -83,6 +83,8 @@ class Workers {
     worker.on("message", (message: { kind?: string; port?: number; peerAddress?: string }) => {
       if (message.kind !== "listening") return;
       place.hasServed = true;
+      const { pid } = worker.process;
+      this.#log.info({ worker: place.number, pid, peers: message.peerAddress }, "a worker listens");
       place.peerAddress = message.peerAddress;
       this.#tellAddresses();
       if (this.#isTold || !this.#places.every(({ hasServed }) => hasServed)) return;
