@@ -74,6 +74,8 @@ export type ClusterDescription = {
   /** The inference nodes; `peer` is absent while none has them. */
   nodes: readonly { node: NodeId; peer?: PeerId }[];
   links: LinksMetrics;
+  /** Flights of other peers that are read here, and readers of other peers here. */
+  relays: { reading: number; serving: number };
   limits?: ClusterLimiterDescription;
   table?: MemberTableStats;
   limitStore?: RedisLimitsStats;
@@ -344,6 +346,7 @@ export class Cluster {
         return { node, ...(peer === undefined ? {} : { peer }) };
       }),
       links: this.#mesh.metrics(),
+      relays: this.#relays?.counts() ?? { reading: 0, serving: 0 },
       ...(limits === undefined ? {} : { limits }),
       ...(this.#table === undefined ? {} : { table: this.#table.stats() }),
       ...(this.#limitStore === undefined ? {} : { limitStore: this.#limitStore.stats() }),
