@@ -7,6 +7,7 @@
  * words that each has in the other), and every number: two answers that differ in a figure are different answers.
  */
 export const judgeNames = ["exact", "words"] as const;
+/** How two answers are compared. */
 export type JudgeName = (typeof judgeNames)[number];
 
 /** Words in common from which two texts say the same. Between 0.6 and 0.9 few pairs lie; tried on paraphrases. */

@@ -272,7 +272,13 @@ function clusterActors(
     ),
     actor<PlacementMessage>(
       "placement",
-      () => new NodePlacementActor({ self: self.id, refs, nodes }),
+      () =>
+        new NodePlacementActor({
+          self: self.id,
+          refs,
+          nodes,
+          nodeSpec: (node) => nodeSpec(node, refs),
+        }),
     ),
     actor<MembersMessage>(
       "members",

@@ -16,9 +16,9 @@
  *
  * It restarts with what the addresses say of where each node is, and is told of the next view.
  */
-import { type Actor, type Context, unreachable } from "../runtime/actor.ts";
+import { type Actor, type ChildSpec, type Context, unreachable } from "../runtime/actor.ts";
 import type { GatewayRefs, NodeSettings } from "./gateway.ts";
-import { nodeSpec } from "./gateway.ts";
+import type { GpuNodeMessage } from "./gpu-node.ts";
 import type { ViewChanged } from "./members.ts";
 import type { ClusterView, PeerId } from "./membership.ts";
 import { bucketOf, Ownership } from "./ownership.ts";
@@ -44,6 +44,8 @@ export type PlacementOptions = {
   refs: GatewayRefs;
   /** What this process is configured with now. */
   nodes: () => readonly NodeSettings[];
+  /** The child that stands for a node. */
+  nodeSpec: (settings: NodeSettings) => ChildSpec<GpuNodeMessage>;
 };
 
 export class NodePlacementActor implements Actor<PlacementMessage> {
@@ -99,7 +101,7 @@ export class NodePlacementActor implements Actor<PlacementMessage> {
     if (before === owner) return;
     if (before === self) context.stop(refs.node(node));
     refs.placeNode(node, owner);
-    if (owner === self) context.spawn(refs.nodesPath, nodeSpec(settings, refs));
+    if (owner === self) context.spawn(refs.nodesPath, this.#options.nodeSpec(settings));
     context.tell(refs.router, { kind: "router.node_moved", node });
     const known = before === undefined ? {} : { before };
     this.#emit({ kind: "placement.node_moved", node, ...known, owner }, context);

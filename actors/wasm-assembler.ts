@@ -14,6 +14,7 @@ export type Code = readonly number[];
 
 /** Types of parameters and locals, with their codes. */
 export const wasmTypes = { i32: 0x7f, f32: 0x7d, v128: 0x7b } as const;
+/** A value type of WebAssembly. */
 export type WasmType = keyof typeof wasmTypes;
 
 /** A function that the module exports; parameters and locals are numbered through, parameters first. */

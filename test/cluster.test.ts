@@ -99,10 +99,14 @@ async function admin<T>({ port }: { port: number }, what: string): Promise<T> {
   return (await response.json()) as T;
 }
 
-async function until(what: string, isSo: () => Promise<boolean>): Promise<void> {
+async function until(
+  what: string,
+  isSo: () => Promise<boolean>,
+  found: () => string = () => "",
+): Promise<void> {
   const untilMs = performance.now() + PATIENCE_MS;
   while (!(await isSo().catch(() => false))) {
-    if (performance.now() > untilMs) throw new Error(`waited in vain until ${what}`);
+    if (performance.now() > untilMs) throw new Error(`waited in vain until ${what}; ${found()}`);
     await delay(5);
   }
 }
@@ -111,11 +115,12 @@ async function until(what: string, isSo: () => Promise<boolean>): Promise<void> 
 async function settled(peers: readonly Peer[]): Promise<Map<string, string>> {
   const ids = peers.map(({ id }) => id).sort();
   let owners = new Map<string, string>();
-  await until(`${ids.join(", ")} agree`, async () => {
+  let texts: string[] = [];
+  const agree = async () => {
     const views = await Promise.all(
       peers.map((peer) => admin<ClusterDescription>(peer, "cluster")),
     );
-    const texts = views.map(({ epoch, members, nodes }) => {
+    texts = views.map(({ epoch, members, nodes }) => {
       const alive = members.filter(({ state }) => state === "alive").map(({ id }) => id);
       return JSON.stringify({ epoch, alive, nodes });
     });
@@ -124,7 +129,8 @@ async function settled(peers: readonly Peer[]): Promise<Map<string, string>> {
     owners = new Map(first.nodes.map(({ node, peer }) => [node, peer ?? ""]));
     const alive = first.members.filter(({ state }) => state === "alive").map(({ id }) => id);
     return alive.join() === ids.join() && [...owners.values()].every((id) => ids.includes(id));
-  });
+  };
+  await until(`${ids.join(", ")} agree`, agree, () => texts.join("\n"));
   return owners;
 }
 

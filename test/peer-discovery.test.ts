@@ -1,11 +1,7 @@
 import { setTimeout as delay } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
-import {
-  PeerDiscovery,
-  type Resolver,
-  systemResolver,
-  wrongSeed,
-} from "../transport/peer-discovery.ts";
+import { PeerDiscovery, type Resolver, systemResolver } from "../transport/peer-discovery.ts";
+import { wrongSeed } from "../transport/peer-seeds.ts";
 
 const running: PeerDiscovery[] = [];
 afterEach(() => {

@@ -31,8 +31,11 @@ const pureTransport = [
   "transport/option-schema.ts",
   "transport/options.ts",
   "transport/peer-link.ts",
+  "transport/peer-seeds.ts",
   "transport/settings.ts",
   "transport/trace-format.ts",
+  "transport/wire-messages.ts",
+  "transport/wire-shape.ts",
   "transport/wire.ts",
 ];
 const purePackages = ["fastest-levenshtein", "msgpackr", "zod"];
@@ -50,7 +53,7 @@ const packageHomes: Readonly<Record<string, readonly string[]>> = {
   pino: ["transport/log.ts"],
   "prom-client": ["transport/metrics.ts"],
   undici: ["transport/upstream.ts"],
-  ws: ["transport/websocket.ts"],
+  ws: ["transport/peer-socket.ts"],
   yaml: ["transport/config.ts"],
   zod: ["transport/options.ts", "transport/option-schema.ts", "transport/option-problems.ts"],
 };

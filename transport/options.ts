@@ -34,7 +34,7 @@ import {
   tokens,
   unwrap,
 } from "./option-schema.ts";
-import { wrongSeed } from "./peer-discovery.ts";
+import { wrongSeed } from "./peer-seeds.ts";
 
 const MiB = 1024 * 1024;
 const GiB = 1024 * MiB;

@@ -13,6 +13,7 @@
  */
 import { lookup, resolveSrv } from "node:dns/promises";
 import type { Log } from "./log.ts";
+import { readSeed, type Seed } from "./peer-seeds.ts";
 
 /** What is asked of DNS. */
 export type Resolver = {
@@ -41,17 +42,6 @@ export const discoveryDefaults: Readonly<Omit<DiscoveryOptions, "seeds">> = {
 };
 
 const ADDRESSES_MAX = 512;
-
-type Seed =
-  | { kind: "address"; address: string }
-  | { kind: "hosts"; scheme: "ws" | "wss"; name: string; port: number }
-  | { kind: "services"; scheme: "ws" | "wss"; name: string };
-
-/** What is wrong with a seed, or undefined: for the option's check. */
-export function wrongSeed(text: string): string | undefined {
-  const seed = readSeed(text);
-  return typeof seed === "string" ? seed : undefined;
-}
 
 /** Looks up until it is stopped. */
 export class PeerDiscovery {
@@ -144,23 +134,4 @@ export class PeerDiscovery {
 
 function addressOf(scheme: "ws" | "wss", host: string, port: number): string {
   return `${scheme}://${host.includes(":") ? `[${host}]` : host}:${port}`;
-}
-
-/** The seed, or what is wrong with the text. */
-function readSeed(text: string): Seed | string {
-  const parts = /^(wss?|dnss?|srvs?):\/\/(\[[0-9a-fA-F:.]+\]|[^\s/:?#@[\]]+)(?::(\d{1,5}))?$/.exec(
-    text,
-  );
-  if (parts === null)
-    return "is not ws://host:port, wss://host:port, dns://name:port or srv://name";
-  const [, kind = "", name = "", digits] = parts;
-  const scheme = kind === "wss" || kind === "dnss" || kind === "srvs" ? "wss" : "ws";
-  if (kind.startsWith("srv"))
-    return digits === undefined
-      ? { kind: "services", scheme, name }
-      : "has a port, but an SRV record says which";
-  const port = Number(digits ?? 0);
-  if (port < 1 || port > 65_535) return "has no port from 1 to 65535";
-  if (kind.startsWith("dns")) return { kind: "hosts", scheme, name, port };
-  return { kind: "address", address: `${scheme}://${name}:${port}` };
 }
