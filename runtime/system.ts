@@ -565,7 +565,7 @@ class Kernel implements CellHost {
     const asker = `${this.#root.path}/$host`;
     const origin: Asker = { kind: "host", settle };
     const ask = new Ask(this.nextId(), asker, origin, askTimeoutUs(timeoutMs), this.clock.nowUs());
-    const mail = new Mail<Tag>(to, "", message({ asker, askId: ask.askId }), ask);
+    const mail = new Mail<Tag>(to, asker, message({ asker, askId: ask.askId }), ask);
     this.#openAsk(ask);
     this.#post(mail);
   }
