@@ -285,6 +285,9 @@ describe.runIf(isBuilt())("a peer is killed", () => {
             const stream = index % 2 === 0;
             const fields = { stream, max_tokens: 40, headrace_output_tokens: 20 };
             asked.push({ peer, stream, got: ask(peer.port, `question ${question}`, fields) });
+            // The first one leads: each peer leads three.
+            if (index === 0)
+              await until("it runs", async () => calls(live) - before === question + 1);
           }
         }
         await until("all take part", async () => {
