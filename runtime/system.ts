@@ -420,7 +420,7 @@ class Kernel implements CellHost {
       kind: "message",
       to: to.path,
       uid: to.uid,
-      from,
+      from: ask?.asker ?? from, // The host has no path but as one who asks.
       askId: ask?.askId ?? 0,
       timeoutUs: ask === undefined ? 0 : Math.max(1, ask.deadlineUs - this.clock.nowUs()),
       message,
