@@ -10,6 +10,7 @@ import type {
   CacheVerdict,
   LeaseId,
   LimitState,
+  Limits,
   NodeId,
   RequestId,
   ScrapeSample,
@@ -109,7 +110,10 @@ export type AnswerFacts = {
 export type FrontCommand =
   /** Answer from the cache. */
   | { kind: "front.answer"; requestId: RequestId; answer: StoredAnswer; facts: AnswerFacts }
-  /** Deliver the flight's bytes: what is there, then what comes, until it ends or fails. */
+  /**
+   * Deliver the flight's bytes: what is there, then what comes, until it ends or fails. A flight of another peer is
+   * named `<peer>/<id of its leader>`; how its delivery went is told as `request.relayed`.
+   */
   | { kind: "front.attach"; requestId: RequestId; flightId: RequestId; facts: AnswerFacts }
   /** Refused or failed before any byte. `message` replaces the code's own text. */
   | {
@@ -121,8 +125,9 @@ export type FrontCommand =
       facts: AnswerFacts;
     }
   /** The flight that this request led is over: its body and answer leave the data plane. Comes after every
-   *  `front.attach` to that flight; readers that are attached read on to the end. */
-  | { kind: "front.forget"; requestId: RequestId }
+   *  `front.attach` to that flight here; readers that are attached read on to the end. `isShared`: readers of other
+   *  peers may still be on their way. */
+  | { kind: "front.forget"; requestId: RequestId; isShared: boolean }
   /** A semantic hit was served and is to be judged: ask a node the same, for nobody. Comes before `forget`. */
   | { kind: "front.ask_again"; requestId: RequestId; entryId: string; similarity: number }
   /** The request actor lost its state: every open request it held is answered `internal`. */
@@ -156,6 +161,48 @@ export type Recalled = { questions: StoredQuestion[]; cursor?: string };
 
 /** A missing, corrupt or late entry is a miss; `ttlMs` is what is left of its life. */
 export type StoreGot = { answer?: StoredAnswer; ttlMs: number };
+
+// ---- limits: what keys have used, kept in one place for all peers ---------------------------------------------
+
+/** What is asked of the shared store of limits. It has a clock of its own: no instant travels. */
+export type LimitStoreCommand =
+  /** Checks all limits of the key, in the limiter's order, and charges all or none. */
+  | {
+      kind: "limits.charge";
+      key: string;
+      limits: Limits;
+      requestId: RequestId;
+      tokens: number;
+      /** Its place in flight is free again then, should nobody settle it. */
+      expiresInMs: number;
+      replyTo: ReplyTo<LimitStoreReply>;
+    }
+  /** Ends what was charged: `usedTokens` in place of the reserved ones; `refund`: as if it had never been. */
+  | {
+      kind: "limits.correct";
+      key: string;
+      limits: Limits;
+      requestId: RequestId;
+      charge: LimitCharge;
+      usedTokens: number;
+      refund: boolean;
+    };
+
+/** What one request was charged, for its correction. */
+export type LimitCharge = {
+  tokens: number;
+  /** In the store's allowances, ns; below 0 where there is no such limit. */
+  requestNs: number;
+  tokensNs: number;
+  /** Names the day that it was charged to; 0 without such a limit. */
+  day: number;
+};
+
+/** `state.atMs` is by the store's clock: whoever receives it sets its own. `away`: ask elsewhere. */
+export type LimitStoreReply =
+  | { kind: "granted"; charge: LimitCharge; state: LimitState }
+  | { kind: "refused"; code: ErrorCode; retryAfterMs: number; state: LimitState }
+  | { kind: "away" };
 
 // ---- scraper: engine metrics, health and models ---------------------------------------------------------------
 

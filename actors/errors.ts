@@ -112,6 +112,12 @@ export const errorFacts = {
     retryable: false,
     next: "Send a shorter prompt, lower max_tokens, or ask the operator for a larger limit.",
   },
+  limit_unavailable: {
+    message:
+      "The peer that keeps this key's limits is out of reach, and the key may not pass without it.",
+    retryable: true,
+    next: "Wait as long as `retry-after` says.",
+  },
   queue_full: {
     message:
       "This key has as many requests waiting as it may have, or would wait past its deadline.",

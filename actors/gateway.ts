@@ -8,20 +8,36 @@
  *   ├── limiter    RateLimiterActor
  *   ├── nodes      one GpuNodeActor per inference node
  *   ├── router     RouterActor
- *   └── requests   RequestActor
+ *   ├── requests   RequestActor
+ *   └── in a cluster: limits, placement, members; and edges mesh, table, limit-store
  *
  * Children start in this order and stop in reverse, so that whoever is told something at a start is there.
  */
 import type { Actor, ActorRef, ChildSpec, SupervisorSpec } from "../runtime/actor.ts";
 import { CacheActor, type CacheMessage, type CacheOptions } from "./cache.ts";
+import { CachePlacement } from "./cache-placement.ts";
+import {
+  ClusterLimiterActor,
+  type ClusterLimiterMessage,
+  type ClusterLimiterOptions,
+} from "./cluster-limiter.ts";
 import type {
   EmbedderCommand,
   FrontCommand,
+  LimitStoreCommand,
   ScraperCommand,
   StoreCommand,
   UpstreamCommand,
 } from "./edges.ts";
 import { GpuNodeActor, type GpuNodeMessage, type GpuNodeOptions } from "./gpu-node.ts";
+import {
+  MembersActor,
+  type MembersMessage,
+  type MeshCommand,
+  type TableCommand,
+} from "./members.ts";
+import type { Member, MembershipOptions, PeerId } from "./membership.ts";
+import { NodePlacementActor, type PlacementMessage } from "./node-placement.ts";
 import type { NodeId } from "./protocol.ts";
 import {
   RateLimiterActor,
@@ -45,8 +61,19 @@ export type GatewaySettings = {
   /** Every turn of the router is told as an event. */
   logsRouter: boolean;
   requests: RequestOptions;
-  /** Nodes at the start; more come and go by `spawn` and `stop`. */
+  /** Nodes at the start; more come and go by `spawn` and `stop`. In a cluster none: `cluster.nodes` are placed. */
   nodes: readonly NodeSettings[];
+  /** Absent: this process is alone. */
+  cluster?: ClusterSettings;
+};
+
+/** What makes a process a peer of others. */
+export type ClusterSettings = {
+  self: Member;
+  membership: MembershipOptions;
+  limits: ClusterLimiterOptions;
+  /** The nodes that this process is configured with now, wherever their actors are. */
+  nodes: () => readonly NodeSettings[];
 };
 
 /** How the edges are made: live, with I/O inside; in simulation, with models. */
@@ -58,6 +85,11 @@ export type EdgeFactories = {
   store?: () => Actor<StoreCommand>;
   /** Absent: nothing is matched by meaning. */
   embedder?: () => Actor<EmbedderCommand>;
+  /** In a cluster: links to other peers. */
+  mesh?: () => Actor<MeshCommand>;
+  /** In a cluster with Redis: leases of members, and allowances of keys. */
+  table?: () => Actor<TableCommand>;
+  limitStore?: () => Actor<LimitStoreCommand>;
 };
 
 /** Id of a process's tree, unless several processes are told apart by theirs. */
@@ -78,22 +110,37 @@ export class GatewayRefs {
   readonly scraper: ActorRef<ScraperCommand>;
   readonly store: ActorRef<StoreCommand>;
   readonly embedder: ActorRef<EmbedderCommand>;
-  readonly cacheShards: readonly ActorRef<CacheMessage>[];
+  readonly cache: CachePlacement;
   readonly limiter: ActorRef<RateLimiterMessage>;
   readonly router: ActorRef<RouterMessage>;
   readonly requests: ActorRef<RequestMessage>;
+  readonly mesh: ActorRef<MeshCommand>;
+  readonly table: ActorRef<TableCommand>;
+  readonly limitStore: ActorRef<LimitStoreCommand>;
+  readonly limits: ActorRef<ClusterLimiterMessage>;
+  readonly members: ActorRef<MembersMessage>;
+  readonly placement: ActorRef<PlacementMessage>;
   readonly #makeRef: MakeRef;
+  readonly #isPlaced: boolean;
   readonly #nodes = new Map<NodeId, ActorRef<GpuNodeMessage>>();
 
-  constructor(makeRef: MakeRef, cacheShards: number, root: string = ROOT) {
+  /** @param isPeer it shares the cache with other peers, and nodes are where `placeNode` says; else all is here */
+  constructor(makeRef: MakeRef, cacheShards: number, root: string = ROOT, isPeer = false) {
     this.#makeRef = makeRef;
+    this.#isPlaced = isPeer;
     this.root = root;
+    this.mesh = makeRef(`${root}/edges/mesh`);
+    this.table = makeRef(`${root}/edges/table`);
+    this.limitStore = makeRef(`${root}/edges/limit-store`);
+    this.limits = makeRef(`${root}/limits`);
+    this.members = makeRef(`${root}/members`);
+    this.placement = makeRef(`${root}/placement`);
     this.front = makeRef(`${root}/edges/front`);
     this.upstream = makeRef(`${root}/edges/upstream`);
     this.scraper = makeRef(`${root}/edges/scraper`);
     this.store = makeRef(`${root}/edges/store`);
     this.embedder = makeRef(`${root}/edges/embedder`);
-    this.cacheShards = Array.from({ length: cacheShards }, (_, i) => makeRef(`${root}/cache/${i}`));
+    this.cache = new CachePlacement(root, cacheShards, isPeer, makeRef);
     this.limiter = makeRef(`${root}/limiter`);
     this.router = makeRef(`${root}/router`);
     this.requests = makeRef(`${root}/requests`);
@@ -102,10 +149,34 @@ export class GatewayRefs {
   node(node: NodeId): ActorRef<GpuNodeMessage> {
     let ref = this.#nodes.get(node);
     if (ref === undefined) {
-      ref = this.#makeRef<GpuNodeMessage>(`${this.root}/nodes/${node}`);
-      this.#nodes.set(node, ref);
+      ref = this.#makeRef<GpuNodeMessage>(`${this.nodesPath}/${node}`);
+      if (!this.#isPlaced) this.#nodes.set(node, ref);
     }
     return ref;
+  }
+
+  /** The process where the node's actor is; undefined: nowhere yet. */
+  placeOf(node: NodeId): PeerId | undefined {
+    const path = this.#nodes.get(node)?.path;
+    return path?.slice(0, path.indexOf("/"));
+  }
+
+  /** Supervisor of the node actors of this process: where a node that is added later is spawned. */
+  get nodesPath(): string {
+    return `${this.root}/nodes`;
+  }
+
+  /** Of other peers, or of this one. */
+  limitsOf(peer: PeerId): ActorRef<ClusterLimiterMessage> {
+    return this.#makeRef(`${peer}/limits`);
+  }
+
+  membersOf(peer: PeerId): ActorRef<MembersMessage> {
+    return this.#makeRef(`${peer}/members`);
+  }
+
+  requestsOf(peer: PeerId): ActorRef<RequestMessage> {
+    return this.#makeRef(`${peer}/requests`);
   }
 
   /** From now on the node's actor is the one in the process with that root. */
@@ -121,17 +192,7 @@ export class GatewayRefs {
   forgetNode(node: NodeId): void {
     this.#nodes.delete(node);
   }
-
-  /** The shard that owns a cache key, a scope or an entry (hex): its first 12 bits name one of 4096 buckets. */
-  cache(key: string): ActorRef<CacheMessage> {
-    const bucket = Number.parseInt(key.slice(0, 3), 16);
-    const shard = this.cacheShards[bucket % this.cacheShards.length];
-    return shard ?? this.#makeRef(`${this.root}/cache/0`);
-  }
 }
-
-/** Supervisor of the node actors: where a node that is added later is spawned. */
-export const NODES_PATH = `${ROOT}/nodes`;
 
 /** One actor's mail under load: every open request may have a few messages under way. */
 const REQUESTS_MAILBOX_MAX = 65_536;
@@ -142,7 +203,8 @@ export function gatewayTree(
   refs: GatewayRefs,
   edges: EdgeFactories,
 ): SupervisorSpec {
-  const { store, embedder } = edges;
+  const { store, embedder, mesh, table, limitStore } = edges;
+  const { cluster } = settings;
   const cache = cacheOptions(settings, embedder !== undefined);
   const cacheStore = store === undefined ? undefined : refs.store;
   // Above the 5 crashes that park a child: one actor that cannot live is parked, many end the process.
@@ -153,15 +215,18 @@ export function gatewayTree(
       actor<ScraperCommand>("scraper", edges.scraper),
       ...(store === undefined ? [] : [actor<StoreCommand>("store", store)]),
       ...(embedder === undefined ? [] : [actor<EmbedderCommand>("embedder", embedder)]),
+      ...(mesh === undefined ? [] : [actor<MeshCommand>("mesh", mesh)]),
+      ...(table === undefined ? [] : [actor<TableCommand>("table", table)]),
+      ...(limitStore === undefined ? [] : [actor<LimitStoreCommand>("limit-store", limitStore)]),
     ]),
     supervisor(
       "cache",
       10,
       60_000,
-      refs.cacheShards.map((_, shard) =>
+      refs.cache.own.map((_, shard) =>
         actor<CacheMessage>(
           String(shard),
-          () => new CacheActor({ ...cache, shard }, cacheStore, refs.cacheShards),
+          () => new CacheActor({ ...cache, shard }, cacheStore, refs.cache.own),
         ),
       ),
     ),
@@ -182,9 +247,53 @@ export function gatewayTree(
     }),
     actor<RequestMessage>(
       "requests",
-      () => new RequestActor(settings.requests, requestRefs(refs, embedder !== undefined)),
+      () =>
+        new RequestActor(
+          settings.requests,
+          requestRefs(refs, embedder !== undefined, cluster !== undefined),
+        ),
     ),
+    ...(cluster === undefined ? [] : clusterActors(cluster, refs, edges)),
   ]);
+}
+
+/** Last the one that tells the others of the members. */
+function clusterActors(
+  { self, membership, limits, nodes }: ClusterSettings,
+  refs: GatewayRefs,
+  { table, limitStore }: EdgeFactories,
+): SupervisorSpec["children"] {
+  return [
+    actor<ClusterLimiterMessage>(
+      "limits",
+      () =>
+        new ClusterLimiterActor(limits, {
+          limiter: refs.limiter,
+          peer: (id) => refs.limitsOf(id),
+          ...(limitStore === undefined ? {} : { store: refs.limitStore }),
+        }),
+    ),
+    actor<PlacementMessage>(
+      "placement",
+      () =>
+        new NodePlacementActor({
+          self: self.id,
+          refs,
+          nodes,
+          nodeSpec: (node) => nodeSpec(node, refs),
+        }),
+    ),
+    actor<MembersMessage>(
+      "members",
+      () =>
+        new MembersActor(self, membership, {
+          peer: (id) => refs.membersOf(id),
+          mesh: refs.mesh,
+          ...(table === undefined ? {} : { table: refs.table }),
+          viewers: [refs.limits, refs.placement, refs.requests],
+        }),
+    ),
+  ];
 }
 
 /** Each shard's part of the memory. Without an embedder there is nothing to match. */
@@ -203,7 +312,7 @@ function cacheOptions({ cache, cacheShards: shards }: GatewaySettings, isEmbeddi
 
 /** The child that stands for one inference node. One that is added later is to be told of the router. */
 export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNodeMessage> {
-  refs.node(node.node); // From now on the node is known by name.
+  refs.node(node.node); // From now on the node is known by name, unless it is placed.
   return actor<GpuNodeMessage>(
     node.node,
     () =>
@@ -215,12 +324,11 @@ export function nodeSpec(node: NodeSettings, refs: GatewayRefs): ChildSpec<GpuNo
   );
 }
 
-function requestRefs(refs: GatewayRefs, isEmbedding: boolean) {
+function requestRefs(refs: GatewayRefs, isEmbedding: boolean, isPeer: boolean) {
   return {
     ...(isEmbedding ? { embedder: refs.embedder } : {}),
-    cache: (key: string) => refs.cache(key),
-    cacheShards: refs.cacheShards,
-    limiter: refs.limiter,
+    cache: refs.cache,
+    limiter: isPeer ? refs.limits : refs.limiter,
     router: refs.router,
     node: (node: NodeId) => refs.node(node),
     nodes: () => refs.nodes(),

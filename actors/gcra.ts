@@ -97,6 +97,12 @@ export class Gcra {
     this.#tatNs = Math.min(Math.max(nowNs, tatNs), nowNs + SPAN_NS_MAX);
   }
 
+  /** Leaves at most that share (0..1) of the burst: of what was charged elsewhere meanwhile nothing is known. */
+  cut(share: number, nowMs: number): void {
+    const nowNs = this.#sinceBaseNs(nowMs);
+    this.#tatNs = Math.max(this.#tatNs, nowNs + Math.ceil(this.#burstNs * (1 - share)));
+  }
+
   /** Units that would pass at once, 0…burst. */
   remaining(nowMs: number): number {
     const nowNs = this.#sinceBaseNs(nowMs);

@@ -103,8 +103,8 @@ const EXPLAINED_MAX = 16;
 /** The median speed stands in for unknown ones only; it need not follow every token. */
 const MEDIAN_MS = 1000;
 const PROMPT_EWMA_ALPHA = 0.05;
-/** A supervisor restarts an actor within this time, or not soon. */
-const RESTART_MS = 2000;
+/** A supervisor restarts an actor, or another peer takes a node over, within this time, or not soon. */
+const RESTART_MS = 4000;
 
 // ---- one node ---------------------------------------------------------------------------------------------
 
@@ -149,6 +149,8 @@ export class NodeView {
   #pendingTokens = 0;
   /** The incarnation that `snapshot` is of has ended. */
   #isActorEnded = false;
+  /** Of the actor that was the node's before it moved; absent: it has not. */
+  #movedFrom: number | undefined;
 
   constructor(snapshot: NodeSnapshot, order: number, nowMs: number) {
     this.node = snapshot.node;
@@ -162,11 +164,19 @@ export class NodeView {
   update(snapshot: NodeSnapshot, nowMs: number): boolean {
     const held = this.snapshot;
     if (!this.#isActorEnded) {
-      if (snapshot.incarnation < held.incarnation) return false;
+      // Incarnations of different processes cannot be compared: after a move, the other one is the later.
+      if (snapshot.incarnation !== held.incarnation && held.incarnation !== this.#movedFrom) {
+        if (snapshot.incarnation === this.#movedFrom) return false;
+        if (snapshot.incarnation < held.incarnation) return false;
+      }
       if (snapshot.incarnation === held.incarnation && snapshot.version < held.version)
         return false;
     }
-    this.#apply(snapshot, nowMs);
+    // An actor that has just begun does not know yet what the node serves; it is what it was, so far as we know.
+    const { models, adapters } = held;
+    const isBegun = snapshot.models === undefined && models !== undefined;
+    const whole = isBegun ? { ...snapshot, models, ...(adapters && { adapters }) } : snapshot;
+    this.#apply(whole, nowMs);
     return true;
   }
 
@@ -176,6 +186,11 @@ export class NodeView {
    */
   actorEnded(): void {
     this.#isActorEnded = true;
+  }
+
+  /** From now on another process has the node's actor. */
+  moved(): void {
+    this.#movedFrom = this.snapshot.incarnation;
   }
 
   /** Counts a lease that is being asked for, so that the next decision sees it already. */

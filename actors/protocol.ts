@@ -31,6 +31,11 @@ export type Limits = {
   /** Reserved tokens in flight. */
   concurrentTokens?: number;
   tokensPerDay?: number;
+  /**
+   * In a cluster, while the peer that keeps the key is out of reach: `share` (default) admits this peer's share of
+   * the limits, `refuse` refuses.
+   */
+  whenUnreachable?: "share" | "refuse";
 };
 
 /** Everything the actors know of a request. */

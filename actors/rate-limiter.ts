@@ -42,6 +42,11 @@ export type RateLimiterMessage =
       maxTokens?: number;
       /** The reservation lapses then, should nobody settle it. */
       expiresAtMs: number;
+      /**
+       * Counts up when this limiter comes to keep a key that another kept until lately: at the first request with
+       * a higher one than before, no more than half of the key's bursts is left. Absent: it always kept it.
+       */
+      takeover?: number;
       replyTo: ReplyTo<AdmitReply>;
     }
   /** Ends a reservation with what was used; all zero refunds it (a request that reached no node). */
@@ -55,6 +60,8 @@ export type RateLimiterMessage =
     }
   /** Refunds whatever that owner holds. */
   | { kind: "limiter.owner_restarted"; owner: string }
+  /** Ends whatever that owner holds; what was charged stays, for its requests may be running. */
+  | { kind: "limiter.owner_lost"; owner: string }
   | { kind: "limiter.describe"; replyTo: ReplyTo<LimiterDescription> };
 
 /** `state`: after this request. */
@@ -129,6 +136,8 @@ const KEY_IDLE_MS = 3_600_000;
 /** Keys looked at to make room for a new one. */
 const KEYS_PROBED = 32;
 const KEYS_DESCRIBED = 1000;
+/** Of a burst, for a key that was kept elsewhere until lately. */
+const TAKEOVER_SHARE = 0.5;
 /** Settled reservations kept for reuse, so that requests allocate none. */
 const SPARE_MAX = 1024;
 const NOT_CHARGED = -1;
@@ -149,6 +158,8 @@ interface Key extends LruNode<Key> {
   /** EWMA from admission to settlement; 0 = none yet. */
   durationMs: number;
   lastUsedAtMs: number;
+  /** The last one that a request told of. */
+  takeover: number;
   granted: number;
   refused: number;
 }
@@ -200,6 +211,8 @@ export class RateLimiterActor implements Actor<OwnMessage> {
         return this.#onSettle(message, context);
       case "limiter.owner_restarted":
         return this.#onOwnerRestarted(message.owner, context);
+      case "limiter.owner_lost":
+        return this.#onOwnerLost(message.owner, context);
       case "limiter.describe":
         return context.reply(message.replyTo, this.#describe(context.nowMs));
       case "limiter.lapse_due":
@@ -228,6 +241,7 @@ export class RateLimiterActor implements Actor<OwnMessage> {
     this.#order.touch(key);
     key.lastUsedAtMs = nowMs;
     if (key.limits !== admit.limits) adoptLimits(key, admit.limits);
+    if ((admit.takeover ?? 0) > key.takeover) takeOver(key, admit.takeover ?? 0, nowMs);
     if (!key.isLimited) {
       this.#reserve(key, admit, 0, context);
       return context.reply(admit.replyTo, UNLIMITED);
@@ -238,7 +252,8 @@ export class RateLimiterActor implements Actor<OwnMessage> {
   #admitLimited(key: Key, admit: Admit, context: Context<OwnMessage>): void {
     const { nowMs } = context;
     const { limits } = key;
-    const tokens = estimateTokens(key, admit);
+    const usual = key.outputs?.p90(admit.model);
+    const tokens = estimateTokens(limits, admit, usual, largestRequest(key));
     const today = nowMs < key.dayEndsAtMs ? key.dayTokens : 0;
     const requestsWaitMs =
       limits.requestsPerMinute === undefined ? 0 : (key.requests?.waitMs(1, nowMs) ?? 0);
@@ -320,14 +335,11 @@ export class RateLimiterActor implements Actor<OwnMessage> {
       this.#stale++;
       return;
     }
-    const promptTokens = wholeTokens(settle.promptTokens);
-    const cachedTokens = Math.min(promptTokens, wholeTokens(settle.cachedTokens));
     const outputTokens = wholeTokens(settle.outputTokens);
-    if (promptTokens + outputTokens === 0)
+    if (wholeTokens(settle.promptTokens) + outputTokens === 0)
       return this.#refund(settle.requestId, reservation, context.nowMs);
     const key = this.#release(settle.requestId, reservation, context.nowMs);
-    const discount = cachedTokens * (1 - this.#options.cachedTokenWeight);
-    const usedTokens = Math.ceil(promptTokens - discount + outputTokens);
+    const usedTokens = tokensUsed(settle, this.#options.cachedTokenWeight);
     correctTokens(key, reservation, usedTokens, context.nowMs);
     if (reservation.tokens > 0) {
       key.outputs ??= new OutputQuantile();
@@ -371,6 +383,24 @@ export class RateLimiterActor implements Actor<OwnMessage> {
       if (reservation.owner === owner) this.#refund(requestId, reservation, context.nowMs);
   }
 
+  #onOwnerLost(owner: string, context: Context<OwnMessage>): void {
+    let count = 0;
+    for (const [requestId, reservation] of this.#reservations) {
+      if (reservation.owner !== owner) continue;
+      count++;
+      this.#release(requestId, reservation, context.nowMs);
+      this.#recycle(reservation);
+    }
+    this.#noteLapses(count, context);
+  }
+
+  #noteLapses(count: number, context: Context<OwnMessage>): void {
+    if (count === 0) return;
+    this.#lapses += count;
+    const event: LimiterEvent = { kind: "limiter.reservations_lapsed", count };
+    context.emit(event);
+  }
+
   #armLapse(expiresAtMs: number, context: Context<OwnMessage>): void {
     const dueAtMs = Math.max(expiresAtMs, context.nowMs + LAPSE_MS_MIN);
     if (dueAtMs >= this.#lapseDueAtMs) return; // Requests end in time: this timer is hardly ever moved.
@@ -392,10 +422,7 @@ export class RateLimiterActor implements Actor<OwnMessage> {
       this.#recycle(reservation);
     }
     if (this.#reservations.size > 0) this.#armLapse(nextAtMs, context);
-    if (count === 0) return;
-    this.#lapses += count;
-    const event: LimiterEvent = { kind: "limiter.reservations_lapsed", count };
-    context.emit(event);
+    this.#noteLapses(count, context);
   }
 
   // ---- keys -----------------------------------------------------------------------------------------------
@@ -416,6 +443,7 @@ export class RateLimiterActor implements Actor<OwnMessage> {
       outputs: null,
       durationMs: 0,
       lastUsedAtMs: nowMs,
+      takeover: 0,
       granted: 0,
       refused: 0,
       hotter: null,
@@ -501,8 +529,7 @@ function newReservation(): Reservation {
 function adoptLimits(key: Key, limits: Limits): void {
   const { requestsPerMinute, tokensPerMinute } = limits;
   key.limits = limits;
-  key.isLimited =
-    requestsPerMinute !== undefined || limits.concurrent !== undefined || countsTokens(limits);
+  key.isLimited = isLimited(limits);
   const requestBurst = requestBurstOf(limits);
   if (requestsPerMinute !== undefined && requestBurst !== undefined) {
     if (key.requests === null) key.requests = new Gcra(requestsPerMinute, MINUTE_MS, requestBurst);
@@ -513,6 +540,13 @@ function adoptLimits(key: Key, limits: Limits): void {
     if (key.tokens === null) key.tokens = new Gcra(tokensPerMinute, MINUTE_MS, tokenBurst);
     else key.tokens.configure(tokensPerMinute, MINUTE_MS, tokenBurst);
   }
+}
+
+/** What the key's last keeper granted lately is not known: with half a burst, two keepers give no more than one and a half. */
+function takeOver(key: Key, takeover: number, nowMs: number): void {
+  key.takeover = takeover;
+  key.requests?.cut(TAKEOVER_SHARE, nowMs);
+  key.tokens?.cut(TAKEOVER_SHARE, nowMs);
 }
 
 function countsTokens(limits: Limits): boolean {
@@ -534,14 +568,40 @@ function largestRequest({ limits, tokens }: Key): number {
   );
 }
 
-function estimateTokens(key: Key, { model, promptTokens, maxTokens }: Admit): number {
-  if (!countsTokens(key.limits)) return 0;
+/**
+ * Tokens to reserve for a request, 0 where none are counted. @param usual what its answers took of late, if known.
+ * @param largest tokens of the largest request that could ever pass
+ */
+export function estimateTokens(
+  limits: Limits,
+  { promptTokens, maxTokens }: { promptTokens: number; maxTokens?: number },
+  usual: number | undefined,
+  largest: number,
+): number {
+  if (!countsTokens(limits)) return 0;
   const prompt = wholeTokens(promptTokens);
-  const usual = key.outputs?.p90(model) ?? OUTPUT_TOKENS_ASSUMED;
-  if (maxTokens !== undefined) return prompt + Math.min(wholeTokens(maxTokens), usual);
-  const tokens = prompt + Math.min(OUTPUT_TOKENS_ASSUMED, usual);
+  const output = usual ?? OUTPUT_TOKENS_ASSUMED;
+  if (maxTokens !== undefined) return prompt + Math.min(wholeTokens(maxTokens), output);
+  const tokens = prompt + Math.min(OUTPUT_TOKENS_ASSUMED, output);
   // The client has said nothing of its output: what we assume must not make its request too large.
-  return Math.max(prompt, Math.min(tokens, largestRequest(key)));
+  return Math.max(prompt, Math.min(tokens, largest));
+}
+
+/** Tokens that a request has used, as limits count them. */
+export function tokensUsed(
+  usage: { promptTokens: number; cachedTokens: number; outputTokens: number },
+  cachedTokenWeight: number,
+): number {
+  const promptTokens = wholeTokens(usage.promptTokens);
+  const cachedTokens = Math.min(promptTokens, wholeTokens(usage.cachedTokens));
+  const discount = cachedTokens * (1 - cachedTokenWeight);
+  return Math.ceil(promptTokens - discount + wholeTokens(usage.outputTokens));
+}
+
+/** Whether anything is limited at all. */
+export function isLimited(limits: Limits): boolean {
+  const { requestsPerMinute, concurrent } = limits;
+  return requestsPerMinute !== undefined || concurrent !== undefined || countsTokens(limits);
 }
 
 /** Whole and never negative; a count that is none is 0. */

@@ -41,6 +41,7 @@ import type {
   LookupReply,
   SharedHit,
 } from "./cache.ts";
+import { type CachePlacement, peerOf } from "./cache-placement.ts";
 import type {
   AnswerFacts,
   Embedded,
@@ -53,6 +54,8 @@ import type {
 import { type ErrorCode, errorFacts } from "./errors.ts";
 import type { GpuNodeMessage } from "./gpu-node.ts";
 import { limitStateAt } from "./limit-state.ts";
+import type { ViewChanged } from "./members.ts";
+import type { PeerId } from "./membership.ts";
 import type {
   AttemptFact,
   CacheVerdict,
@@ -83,6 +86,11 @@ export type RequestMessage =
   | { kind: "request.describe"; replyTo: ReplyTo<RequestDescription> }
   | UpstreamEvent
   | FlightNews
+  | ViewChanged
+  /** The connection with that peer is gone: what was under way either way may be lost. Comes before a new one is up. */
+  | { kind: "request.peer_down"; peer: PeerId }
+  /** How the front has delivered a flight of another peer. */
+  | { kind: "request.relayed"; requestId: RequestId; how: Relayed }
   | LookedUp
   | GotVector
   | GotMatch
@@ -90,7 +98,7 @@ export type RequestMessage =
   | Chosen
   | { kind: "request.deadline"; requestId: RequestId }
   | { kind: "request.retry_due"; requestId: RequestId }
-  | { kind: "request.flight_closed"; requestId: RequestId }
+  | FlightOver
   | { kind: "request.cache_ended"; path: string }
   | { kind: "request.watch_due"; path: string };
 
@@ -106,6 +114,17 @@ type Admitted = {
   requestId: RequestId;
   key: string;
   outcome: AskOutcome<AdmitReply>;
+};
+/** `broken`: the client was shown an error; `lost`: its bytes cannot be had, and the client has none yet. */
+type Relayed = "whole" | "broken" | "lost";
+
+/** The cache's word on the end of a flight, or none. */
+type FlightOver = {
+  kind: "request.flight_closed";
+  requestId: RequestId;
+  key: string;
+  shard: ActorRef<CacheMessage>;
+  outcome: AskOutcome<FlightClosed>;
 };
 type Chosen = { kind: "request.chosen"; requestId: RequestId; outcome: AskOutcome<ChooseReply> };
 
@@ -133,8 +152,8 @@ export type RequestOptions = {
 
 /** Where the other actors are. */
 export type RequestRefs = {
-  cache: (key: string) => ActorRef<CacheMessage>;
-  cacheShards: readonly ActorRef<CacheMessage>[];
+  /** Views of the members are written into it here, and nowhere else. */
+  cache: CachePlacement;
   limiter: ActorRef<RateLimiterMessage>;
   router: ActorRef<RouterMessage>;
   node: (node: NodeId) => ActorRef<GpuNodeMessage>;
@@ -166,8 +185,14 @@ type Request = {
   leads: boolean;
   /** The cache has been told the end of its flight and has not answered yet. */
   awaitsClosing: boolean;
-  /** The flight that it joined, if any. */
+  /** The flight that it joined, if any, by the name that the cache has for it. */
   flightId: RequestId;
+  /** Where it asked for its key: its flight is and stays there, whoever owns the key meanwhile. */
+  shard: ActorRef<CacheMessage> | null;
+  /** It led a flight: others may read its bytes. */
+  isShared: boolean;
+  /** How often it asked anew because a leader in another peer was lost. */
+  rejoins: number;
   cache: CacheVerdict;
   /** Of a question that may be matched by meaning. */
   match: Match | null;
@@ -216,6 +241,8 @@ const WATCH_AGAIN_MS = 1000;
 const FIRST_TOKEN_MS_PER_TOKEN = 0.25;
 /** Multiple of the p95 of the same size of prompt that a first token may take. */
 const FIRST_TOKEN_FACTOR = 3;
+/** Peers that may be lost under one request before it fails. */
+const REJOINS_MAX = 2;
 /** A second ask of a router that crashed under the first. */
 const ROUTER_CRASHES_MAX = 1;
 
@@ -233,7 +260,7 @@ export class RequestActor implements Actor<RequestMessage> {
 
   start(context: Context<RequestMessage>): void {
     const owner = context.self.path;
-    for (const shard of this.#refs.cacheShards) {
+    for (const shard of this.#refs.cache.all) {
       context.tell(shard, { kind: "cache.owner_restarted", owner });
       this.#watchCache(shard, context);
     }
@@ -265,11 +292,17 @@ export class RequestActor implements Actor<RequestMessage> {
       case "request.retry_due":
         return this.#onRetryDue(message.requestId, context);
       case "request.flight_closed":
-        return this.#forget(message.requestId, context);
+        return this.#onFlightClosed(message, context);
+      case "members.view_changed":
+        return this.#onViewChanged(message, context);
+      case "request.peer_down":
+        return this.#onPeerDown(message.peer, context);
+      case "request.relayed":
+        return this.#onRelayed(message.requestId, message.how, context);
       case "request.cache_ended":
         return this.#onCacheEnded(message.path, context);
       case "request.watch_due":
-        for (const shard of this.#refs.cacheShards)
+        for (const shard of this.#refs.cache.all)
           if (shard.path === message.path) this.#watchCache(shard, context);
         return;
       case "upstream.first_token":
@@ -291,7 +324,7 @@ export class RequestActor implements Actor<RequestMessage> {
       case "flight.promoted":
         return this.#onFlightPromoted(message, context);
       case "flight.abandoned":
-        return this.#onFlightAbandoned(message.requestId, context);
+        return this.#onFlightAbandoned(message, context);
       case "request.configure":
         this.#options = message.options;
         return;
@@ -315,7 +348,10 @@ export class RequestActor implements Actor<RequestMessage> {
       clientPresent: true,
       leads: false,
       awaitsClosing: false,
-      flightId: facts.requestId,
+      flightId: this.#nameOf(facts.requestId),
+      shard: null,
+      isShared: false,
+      rejoins: 0,
       cache: facts.cacheKey === undefined ? "bypass" : "miss",
       match:
         question === undefined || facts.semantic === undefined
@@ -356,14 +392,20 @@ export class RequestActor implements Actor<RequestMessage> {
     const key = facts.cacheKey;
     if (key === undefined) return this.#admit(request, context);
     request.phase = "looking"; // At most lookupMs long: its deadline timer starts after it.
+    if (!this.#refs.cache.isWithinReach(key)) {
+      request.cache = "bypass";
+      return this.#admit(request, context);
+    }
+    const shard = this.#refs.cache.at(key);
+    request.shard = shard;
     context.ask<CacheMessage, LookupReply>(
-      this.#refs.cache(key),
+      shard,
       this.#options.lookupMs,
       (replyTo) => ({
         kind: "cache.lookup",
         key,
         tenant: facts.tenant,
-        requestId: facts.requestId,
+        requestId: this.#nameOf(facts.requestId),
         read: facts.cacheRead,
         lead: facts.cacheWrite,
         participant: context.self,
@@ -396,7 +438,7 @@ export class RequestActor implements Actor<RequestMessage> {
         }
         return this.#end(request, "ok", undefined, context);
       case "lead":
-        request.leads = true;
+        this.#lead(request);
         return this.#match(request, context);
       case "alone":
         return this.#match(request, context);
@@ -410,6 +452,11 @@ export class RequestActor implements Actor<RequestMessage> {
       default:
         return unreachable(reply);
     }
+  }
+
+  #lead(request: Request): void {
+    request.leads = true;
+    request.isShared = true;
   }
 
   // ---- matching by meaning ------------------------------------------------------------------------------
@@ -459,7 +506,7 @@ export class RequestActor implements Actor<RequestMessage> {
     const { scope, policy } = facts.semantic;
     const { tenant, model = "" } = facts;
     context.ask<CacheMessage, Matched>(
-      this.#refs.cache(scope),
+      this.#refs.cache.at(scope),
       leftMs,
       (replyTo) => ({
         kind: "cache.match",
@@ -505,15 +552,17 @@ export class RequestActor implements Actor<RequestMessage> {
 
   /** Whoever joined this request's flight has asked the same. */
   #shareHit(request: Request, hit: SharedHit, context: Context<RequestMessage>): void {
+    const { shard } = request;
     const { cacheKey: key, requestId } = request.facts;
-    if (!request.leads || key === undefined) return;
+    if (!request.leads || key === undefined || shard === null) return;
     request.leads = false;
     request.awaitsClosing = true;
+    const flightId = this.#nameOf(requestId);
     context.ask<CacheMessage, FlightClosed>(
-      this.#refs.cache(key),
+      shard,
       CLOSE_MS,
-      (replyTo) => ({ kind: "cache.flight_answered", key, flightId: requestId, hit, replyTo }),
-      () => ({ kind: "request.flight_closed", requestId }),
+      (replyTo) => ({ kind: "cache.flight_answered", key, flightId, hit, replyTo }),
+      (outcome) => ({ kind: "request.flight_closed", requestId, key, shard, outcome }),
     );
   }
 
@@ -522,13 +571,13 @@ export class RequestActor implements Actor<RequestMessage> {
     const { facts, match } = request;
     const { judges, semantic, tenant, model = "" } = facts;
     if (judges !== undefined) {
-      const to = this.#refs.cache(judges.entryId);
+      const to = this.#refs.cache.at(judges.entryId);
       return context.tell(to, { kind: "cache.judge", explored: judges, answer });
     }
     if (match?.vector === undefined || semantic === undefined || !facts.cacheWrite) return;
     const { scope, policy } = semantic;
     const { text, vector, explored } = match;
-    context.tell(this.#refs.cache(scope), {
+    context.tell(this.#refs.cache.at(scope), {
       kind: "cache.learn",
       question: { scope, tenant, model, text, vector },
       answer,
@@ -726,12 +775,13 @@ export class RequestActor implements Actor<RequestMessage> {
   /** From here on the flight's bytes flow to its own client and to everyone who joined. */
   #commit(request: Request, context: Context<RequestMessage>): void {
     this.#attach(request, request.node, request.attempt, context);
+    const { shard } = request;
     const key = request.facts.cacheKey;
-    if (!request.leads || key === undefined) return;
-    context.tell(this.#refs.cache(key), {
+    if (!request.leads || key === undefined || shard === null) return;
+    context.tell(shard, {
       kind: "cache.flight_committed",
       key,
-      flightId: request.facts.requestId,
+      flightId: this.#nameOf(request.facts.requestId),
       node: request.node,
       attempts: request.attempt,
     });
@@ -752,7 +802,7 @@ export class RequestActor implements Actor<RequestMessage> {
     context.tell(this.#refs.front, {
       kind: "front.attach",
       requestId: request.facts.requestId,
-      flightId: request.flightId,
+      flightId: this.#idOf(request.flightId) ?? request.flightId,
       facts,
     });
   }
@@ -911,7 +961,8 @@ export class RequestActor implements Actor<RequestMessage> {
     context: Context<RequestMessage>,
   ): void {
     const request = this.#joinedTo(news);
-    if (request !== undefined) this.#end(request, "ok", undefined, context);
+    if (request === undefined || this.#isElsewhere(request.flightId)) return; // `request.relayed` follows.
+    this.#end(request, "ok", undefined, context);
   }
 
   #onFlightAnswered(
@@ -946,7 +997,14 @@ export class RequestActor implements Actor<RequestMessage> {
   ): void {
     const request = this.#joinedTo(news);
     if (request === undefined) return;
-    if (request.attached) return this.#end(request, "failed", news.code, context);
+    const isElsewhere = this.#isElsewhere(request.flightId);
+    if (request.attached) {
+      if (isElsewhere) return; // Its bytes may come to their end all the same: `request.relayed` follows.
+      return this.#end(request, "failed", news.code, context);
+    }
+    // A leader that went down with its peer: no node has failed, and someone else may lead.
+    if (isElsewhere && news.code === "internal" && request.rejoins++ < REJOINS_MAX)
+      return this.#askAnew(request, context);
     this.#refuse(request, news.code, context, news.retryAfterMs, news.message);
   }
 
@@ -954,25 +1012,30 @@ export class RequestActor implements Actor<RequestMessage> {
     news: Extract<FlightNews, { kind: "flight.promoted" }>,
     context: Context<RequestMessage>,
   ): void {
-    const request = this.#requests.get(news.requestId);
+    const request = this.#byName(news.requestId);
     if (request === undefined || request.phase !== "joined") {
       // Gone: the lead passes on.
-      context.tell(this.#refs.cache(news.key), {
-        kind: "cache.flight_ended",
-        key: news.key,
-        flightId: news.flightId,
-        result: { kind: "failed", code: "client_closed", shared: false },
-      });
+      for (const shard of this.#refs.cache.holders(news.key, context.nowMs)) {
+        context.tell(shard, {
+          kind: "cache.flight_ended",
+          key: news.key,
+          flightId: news.flightId,
+          result: { kind: "failed", code: "client_closed", shared: false },
+        });
+      }
       return;
     }
-    request.leads = true;
+    this.#lead(request);
     request.cache = "miss";
-    request.flightId = request.facts.requestId;
+    request.flightId = news.flightId;
     this.#admit(request, context);
   }
 
-  #onFlightAbandoned(requestId: RequestId, context: Context<RequestMessage>): void {
-    const request = this.#requests.get(requestId);
+  #onFlightAbandoned(
+    news: Extract<FlightNews, { kind: "flight.abandoned" }>,
+    context: Context<RequestMessage>,
+  ): void {
+    const request = this.#byName(news.requestId);
     if (request === undefined) return;
     request.leads = false; // The cache has closed the flight already.
     this.#abandon(request, "client_closed", context);
@@ -980,38 +1043,41 @@ export class RequestActor implements Actor<RequestMessage> {
 
   /** The request that this news is for. While it waits, the flight may have passed to another leader. */
   #joinedTo(news: { requestId: RequestId; flightId: RequestId }): Request | undefined {
-    const request = this.#requests.get(news.requestId);
+    const request = this.#byName(news.requestId);
     if (request?.phase === "joined") request.flightId = news.flightId;
     else if (request?.phase !== "following" || request.flightId !== news.flightId) return undefined;
     return request;
   }
 
+  /** Joins or leads where its key is now. */
+  #askAnew(request: Request, context: Context<RequestMessage>): void {
+    const { requestId } = request.facts;
+    context.cancelTimer(requestId);
+    request.cache = "miss";
+    request.flightId = this.#nameOf(requestId);
+    request.attached = false;
+    request.ttftMs = undefined;
+    this.#lookUp(request, context);
+  }
+
   /** A shard lost its flights: who waits there asks anew; who reads already needs no news to read on. */
   #onCacheEnded(path: string, context: Context<RequestMessage>): void {
-    for (const request of this.#requests.values()) {
-      const key = request.facts.cacheKey;
-      if (request.phase !== "joined" || key === undefined) continue;
-      if (this.#refs.cache(key).path !== path) continue;
-      request.cache = "miss";
-      request.flightId = request.facts.requestId;
-      this.#lookUp(request, context);
-    }
+    for (const request of this.#requests.values())
+      if (request.phase === "joined" && request.shard?.path === path)
+        this.#askAnew(request, context);
     // It needs a moment to start again; a watch on nobody ends at once.
-    context.startTimer(`watch ${path}`, WATCH_AGAIN_MS, { kind: "request.watch_due", path });
+    if (this.#refs.cache.all.some((shard) => shard.path === path))
+      context.startTimer(`watch ${path}`, WATCH_AGAIN_MS, { kind: "request.watch_due", path });
   }
 
   #watchCache(shard: ActorRef<CacheMessage>, context: Context<RequestMessage>): void {
     context.watch(shard, ({ path }) => ({ kind: "request.cache_ended", path }));
   }
 
-  #leaveFlight(request: Request, context: Context<RequestMessage>): void {
-    const key = request.facts.cacheKey;
-    if (key === undefined) return;
-    context.tell(this.#refs.cache(key), {
-      kind: "cache.leave",
-      key,
-      requestId: request.facts.requestId,
-    });
+  #leaveFlight({ facts, shard }: Request, context: Context<RequestMessage>): void {
+    const { cacheKey: key, requestId } = facts;
+    if (key === undefined || shard === null) return;
+    context.tell(shard, { kind: "cache.leave", key, requestId: this.#nameOf(requestId) });
   }
 
   /**
@@ -1019,16 +1085,119 @@ export class RequestActor implements Actor<RequestMessage> {
    * answered: by then, in this order, every participant has been told to read them.
    */
   #endFlight(request: Request, result: FlightResult, context: Context<RequestMessage>): void {
+    const { shard } = request;
     const { cacheKey: key, requestId } = request.facts;
-    if (!request.leads || key === undefined) return;
+    if (!request.leads || key === undefined || shard === null) return;
     request.leads = false;
     request.awaitsClosing = true;
+    this.#askToClose(requestId, key, shard, result, context);
+  }
+
+  #askToClose(
+    requestId: RequestId,
+    key: string,
+    shard: ActorRef<CacheMessage>,
+    result: FlightResult,
+    context: Context<RequestMessage>,
+  ): void {
+    const flightId = this.#nameOf(requestId);
     context.ask<CacheMessage, FlightClosed>(
-      this.#refs.cache(key),
+      shard,
       CLOSE_MS,
-      (replyTo) => ({ kind: "cache.flight_ended", key, flightId: requestId, result, replyTo }),
-      () => ({ kind: "request.flight_closed", requestId }),
+      (replyTo) => ({ kind: "cache.flight_ended", key, flightId, result, replyTo }),
+      (outcome) => ({ kind: "request.flight_closed", requestId, key, shard, outcome }),
     );
+  }
+
+  #onFlightClosed(
+    { requestId, key, shard, outcome }: FlightOver,
+    context: Context<RequestMessage>,
+  ): void {
+    if (outcome.ok || outcome.failure !== "noroute") return this.#forget(requestId, true, context);
+    // Too large for a frame: the flight ends without its answer.
+    const reason = "too large for its shard, which is on another peer";
+    context.tell(shard, {
+      kind: "cache.flight_ended",
+      key,
+      flightId: this.#nameOf(requestId),
+      result: { kind: "not_stored", reason },
+    });
+    this.#forget(requestId, true, context);
+  }
+
+  // ---- peers --------------------------------------------------------------------------------------------
+
+  /**
+   * How the caches of the cluster know a request. Its id alone would not do: clients may choose it, and two of them
+   * the same at two peers. It names the flight that the request leads, too, and says where its bytes are.
+   */
+  #nameOf(requestId: RequestId): string {
+    const { isShared, self } = this.#refs.cache;
+    return isShared ? `${self}/${requestId}` : requestId;
+  }
+
+  /** The request of this process with that name, if it is of this process. */
+  #idOf(name: string): RequestId | undefined {
+    const { isShared, self } = this.#refs.cache;
+    if (!isShared) return name;
+    return name.startsWith(`${self}/`) ? name.slice(self.length + 1) : undefined;
+  }
+
+  #byName(name: string): Request | undefined {
+    const requestId = this.#idOf(name);
+    return requestId === undefined ? undefined : this.#requests.get(requestId);
+  }
+
+  /** The bytes of that flight are in another process. */
+  #isElsewhere(flightId: string): boolean {
+    return this.#idOf(flightId) === undefined;
+  }
+
+  /** Flights stay where they are; lookups go by the new view. */
+  #onViewChanged({ view }: ViewChanged, context: Context<RequestMessage>): void {
+    const { came, gone } = this.#refs.cache.adopt(view, context.nowMs);
+    for (const shard of came) this.#watchCache(shard, context);
+    for (const shard of gone) {
+      context.unwatch(shard);
+      context.cancelTimer(`watch ${shard.path}`);
+    }
+  }
+
+  /**
+   * Between this process and that peer messages may have been lost, so neither side counts on the other's flights any
+   * more: there, all that this process takes part in is void (the composition root tells its shards, as it did ours).
+   */
+  #onPeerDown(peer: PeerId, context: Context<RequestMessage>): void {
+    for (const request of this.#requests.values()) {
+      if (request.shard === null || peerOf(request.shard.path) !== peer) continue;
+      if (request.phase === "joined") {
+        this.#askAnew(request, context);
+      } else if (request.phase === "following") {
+        // It reads on; of a flight of this process no news will tell the end.
+        if (!this.#isElsewhere(request.flightId)) this.#end(request, "ok", undefined, context);
+      } else if (request.leads) {
+        request.leads = false;
+        // Nobody can join it any more; who reads already is served to the end.
+        if (!request.clientPresent && !request.attached)
+          this.#abandon(request, "client_closed", context);
+      }
+    }
+  }
+
+  #onRelayed(requestId: RequestId, how: Relayed, context: Context<RequestMessage>): void {
+    const request = this.#requests.get(requestId);
+    if (request?.phase !== "following") {
+      if (how !== "lost") return;
+      // Past its deadline: nobody else will answer it.
+      const facts: AnswerFacts = { cache: "joined", attempts: 0, queuedMs: 0 };
+      context.tell(this.#refs.front, { kind: "front.refuse", requestId, code: "internal", facts });
+      return;
+    }
+    this.#leaveFlight(request, context);
+    if (how === "whole") return this.#end(request, "ok", undefined, context);
+    if (how === "broken") return this.#end(request, "failed", "stream_broken", context);
+    if (request.rejoins++ < REJOINS_MAX) return this.#askAnew(request, context);
+    this.#refuse(request, "internal", context);
   }
 
   // ---- endings ----------------------------------------------------------------------------------------
@@ -1127,7 +1296,7 @@ export class RequestActor implements Actor<RequestMessage> {
     if (request.phase !== "looking" && request.phase !== "matching")
       context.cancelTimer(facts.requestId);
     if (request.phase === "backing_off") context.cancelTimer(`retry ${facts.requestId}`);
-    if (!request.awaitsClosing) this.#forget(facts.requestId, context);
+    if (!request.awaitsClosing) this.#forget(facts.requestId, request.isShared, context);
     const record: RequestRecord = {
       facts,
       outcome: request.clientPresent || outcome !== "ok" ? outcome : "left",
@@ -1150,8 +1319,8 @@ export class RequestActor implements Actor<RequestMessage> {
   }
 
   /** Comes to the front after every `front.attach` to this flight. */
-  #forget(requestId: RequestId, context: Context<RequestMessage>): void {
-    context.tell(this.#refs.front, { kind: "front.forget", requestId });
+  #forget(requestId: RequestId, isShared: boolean, context: Context<RequestMessage>): void {
+    context.tell(this.#refs.front, { kind: "front.forget", requestId, isShared });
   }
 
   #settle(request: Request, usage: Usage | null, context: Context<RequestMessage>): void {

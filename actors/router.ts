@@ -87,6 +87,8 @@ export type RouterMessage =
   /** A node wants to open its circuit: granted unless too much of its pool is ejected already. */
   | { kind: "router.may_eject"; node: NodeId; replyTo: ReplyTo<{ granted: boolean }> }
   | { kind: "router.node_removed"; node: NodeId }
+  /** Another process has the node's actor from now on, or one has it at last: `node` of the options says where. */
+  | { kind: "router.node_moved"; node: NodeId }
   | { kind: "router.describe"; replyTo: ReplyTo<RouterDescription> }
   /** Takes effect at the next decision; what waits keeps waiting, under the new bounds. */
   | { kind: "router.configure"; options: RouterSettings }
@@ -156,7 +158,14 @@ export type RouterOptions = RouterSettings & {
 export type RouterEvent =
   | { kind: "router.node_refused"; node: NodeId; reason: "too_many_nodes" }
   | { kind: "router.pool_refused"; node: NodeId; reason: "too_many_models" }
-  | { kind: "router.acquire_failed"; node: NodeId; failure: string };
+  | { kind: "router.acquire_failed"; node: NodeId; failure: string }
+  /** What a node serves is known now, or is something else than before. */
+  | {
+      kind: "router.models_changed";
+      node: NodeId;
+      models: readonly string[];
+      adapters: readonly string[];
+    };
 
 const NODES_MAX = 4096;
 const POOLS_MAX = 4096;
@@ -277,8 +286,8 @@ export class RouterActor implements Actor<RouterMessage> {
   /** Being asked for, or waiting: bounded by the nodes' caps and the queues' bounds. */
   readonly #choices = new InflightMap<RequestId, Choice>();
   readonly #sent = new SentPrompts();
-  /** Nodes whose actor we watch. */
-  readonly #watched = new Set<NodeId>();
+  /** The actors of nodes that we watch. */
+  readonly #watched = new Map<NodeId, ActorRef<GpuNodeMessage>>();
   /** When nodes were removed; swept at each removal. */
   readonly #removedAtMs = new Map<NodeId, number>();
   /** When ejections were granted; swept at each grant. */
@@ -309,6 +318,8 @@ export class RouterActor implements Actor<RouterMessage> {
         return this.#onMayEject(message, context);
       case "router.node_removed":
         return this.#onNodeRemoved(message.node, context);
+      case "router.node_moved":
+        return this.#onNodeMoved(message.node, context);
       case "router.describe":
         return context.reply(message.replyTo, this.#describe(context.nowMs));
       case "router.configure":
@@ -663,13 +674,23 @@ export class RouterActor implements Actor<RouterMessage> {
       this.#pools.get(undefined)?.field.add(view);
       this.#joinPools(view, context);
       if (!this.#watched.has(snapshot.node)) this.#subscribe(snapshot.node, context);
+      this.#reportModels(view, context);
     } else {
       const { models, adapters } = view.snapshot;
       if (!view.update(snapshot, nowMs)) return;
-      if (!sameNames(snapshot.models, models) || !sameNames(snapshot.adapters, adapters))
+      const now = view.snapshot;
+      if (!sameNames(now.models, models) || !sameNames(now.adapters, adapters)) {
         this.#joinPools(view, context);
+        this.#reportModels(view, context);
+      }
     }
     if (this.#choices.size > 0) this.#pumpPoolsOf(view, context);
+  }
+
+  #reportModels({ node, snapshot }: NodeView, context: Context<RouterMessage>): void {
+    const { models, adapters = [] } = snapshot;
+    if (models === undefined) return;
+    this.#emit({ kind: "router.models_changed", node, models, adapters }, context);
   }
 
   /** Pools that share a node take turns at its free places. */
@@ -737,7 +758,7 @@ export class RouterActor implements Actor<RouterMessage> {
   #onNodeRemoved(node: NodeId, context: Context<RouterMessage>): void {
     const { nowMs } = context;
     const view = this.#views.get(node);
-    if (this.#watched.delete(node)) context.unwatch(this.#node(node));
+    this.#unwatch(node, context);
     sweepOlder(this.#removedAtMs, nowMs - REMOVED_MS);
     this.#removedAtMs.set(node, nowMs);
     if (view === undefined) return;
@@ -749,9 +770,22 @@ export class RouterActor implements Actor<RouterMessage> {
     if (any !== undefined) this.#leavePool(view, any, context);
   }
 
+  #onNodeMoved(node: NodeId, context: Context<RouterMessage>): void {
+    this.#unwatch(node, context);
+    this.#views.get(node)?.moved();
+    this.#subscribe(node, context);
+  }
+
+  #unwatch(node: NodeId, context: Context<RouterMessage>): void {
+    const ref = this.#watched.get(node);
+    if (ref === undefined) return;
+    this.#watched.delete(node);
+    context.unwatch(ref);
+  }
+
   #subscribe(node: NodeId, context: Context<RouterMessage>): void {
     const ref = this.#node(node);
-    this.#watched.add(node);
+    this.#watched.set(node, ref);
     context.tell(ref, { kind: "gpu_node.subscribe", router: context.self });
     context.watch(ref, (terminated) => ({ kind: "router.node_ended", node, terminated }));
   }

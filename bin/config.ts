@@ -20,10 +20,13 @@ const optionFlags = [
   { flag: "--strategy", name: "strategy", path: "router.strategy", doc: "how nodes are chosen" },
   { flag: "--redis", name: "redis", path: "cache.redis.url", doc: "Redis that holds the cache" },
   { flag: "--record", name: "record", path: "record.file", doc: "record requests to this file" },
+  { flag: "--peer-id", name: "peerId", path: "cluster.id", doc: "name of this peer of a cluster" },
   { flag: "--log-level", name: "logLevel", path: "log.level", doc: "least severe line logged" },
 ] as const;
 
 type ConfigFlags = Partial<Record<(typeof optionFlags)[number]["name"], string>> & {
+  peer?: string[];
+  peerListen?: string;
   config?: string;
   node?: string[];
   set?: string[];
@@ -41,6 +44,12 @@ export function withConfigFlags(command: Command): Command {
   command.option("-c, --config <file>", "YAML or JSON file (else HEADRACE_CONFIG)");
   command.option("--node <url>", "a node; repeat for more (replaces the file's)", collect);
   for (const { flag, doc } of optionFlags) command.option(`${flag} <value>`, doc);
+  command.option(
+    "--peer <address>",
+    "where a peer may be, ws://host:port; repeat for more",
+    collect,
+  );
+  command.option("--peer-listen <host:port>", "where peers connect");
   return command.option("--set <path=value>", "any option, e.g. queue.poolMax=500", collect);
 }
 
@@ -51,6 +60,10 @@ export function configSources(command: Command, env: ConfigSources["env"]): Conf
   if (given.node !== undefined) {
     flags.push({ flag: "--node", path: "nodes", value: given.node.map((url) => ({ url })) });
   }
+  if (given.peer !== undefined) {
+    flags.push({ flag: "--peer", path: "cluster.seeds", value: given.peer });
+  }
+  if (given.peerListen !== undefined) flags.push(...peerListenFlags(given.peerListen));
   for (const { flag, name, path } of optionFlags) {
     const value = given[name];
     if (value !== undefined) flags.push({ flag, path, value });
@@ -61,6 +74,18 @@ export function configSources(command: Command, env: ConfigSources["env"]): Conf
     flags.push({ flag: `--set ${path}`, path, value: pair.slice(end + 1) });
   }
   return { env, flags, ...(given.config !== undefined && { file: given.config }) };
+}
+
+function peerListenFlags(given: string): FlagSetting[] {
+  const flag = "--peer-listen";
+  const port = { flag, path: "cluster.listen.port" };
+  const [, host = "", digits = ""] = /^(.+):(\d+)$/.exec(given) ?? [];
+  if (host === "") return [{ ...port, value: given }]; // Refused, with what a port is.
+  const bare = host.replace(/^\[(.*)\]$/, "$1");
+  return [
+    { flag, path: "cluster.listen.host", value: bare },
+    { ...port, value: digits },
+  ];
 }
 
 /**

@@ -4,6 +4,7 @@ import { readFileSync } from "node:fs";
 import { Command } from "commander";
 import { cacheCommand } from "./cache.ts";
 import { calibrateCommand } from "./calibrate.ts";
+import { clusterCommand } from "./cluster.ts";
 import { checkConfigCommand, configReferenceCommand } from "./config.ts";
 import { demoCommand } from "./demo.ts";
 import { fuzzCommand } from "./fuzz.ts";
@@ -25,6 +26,7 @@ await new Command("headrace")
   // A flag belongs to the command that it follows: `sim article --seed 2` is not `sim --seed 2`.
   .enablePositionalOptions()
   .addCommand(serveCommand())
+  .addCommand(clusterCommand())
   .addCommand(demoCommand())
   .addCommand(nodeCommand())
   .addCommand(replayCommand())

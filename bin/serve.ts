@@ -1,22 +1,46 @@
-/** `headrace serve`: the gateway as a server. SIGHUP reloads, SIGTERM and SIGINT drain, a second one ends at once. */
+/**
+ * `headrace serve`: the gateway as a server. SIGHUP reloads, SIGTERM and SIGINT drain, a second one ends at once.
+ * With `--workers` the process only starts others (workers.ts), each of which serves as a peer of the rest.
+ */
+import nodeCluster from "node:cluster";
 import cliProgress from "cli-progress";
-import { Command } from "commander";
+import { Command, InvalidArgumentError } from "commander";
 import type { ConfigSources } from "../transport/config.ts";
 import { createLog, type Log } from "../transport/log.ts";
 import type { Options } from "../transport/options.ts";
 import { Server } from "../transport/server.ts";
 import { configSources, loadConfigOrExit, withConfigFlags } from "./config.ts";
 
+const WORKERS_MAX = 64;
+
 export function serveCommand(): Command {
   const command = new Command("serve").description("run the gateway in front of inference nodes");
+  command.option(
+    "--workers <count>",
+    "processes that share the port, as peers of one another",
+    (text) => {
+      const count = /^\d+$/.test(text) ? Number(text) : 0;
+      if (count >= 1 && count <= WORKERS_MAX) return count;
+      throw new InvalidArgumentError(`It must be a whole number from 1 to ${WORKERS_MAX}.`);
+    },
+  );
   return withConfigFlags(command).action(() => serve(command));
 }
 
 async function serve(command: Command): Promise<void> {
   const { options } = await loadConfigOrExit(command);
   const log = createLog(options.log.level, options.log.format);
+  const { workers = 1 } = command.opts<{ workers?: number }>();
+  if (workers > 1 && nodeCluster.isPrimary) {
+    if (options.record.decisions !== undefined)
+      command.error("headrace serve: record.decisions is one process's: leave out --workers");
+    // Loaded only here: whoever serves alone needs nothing of it.
+    const { runWorkers } = await import("./workers.ts");
+    return runWorkers(workers, options, log);
+  }
   const starting = Server.start(options, log, (error) => {
-    log.error({ error: String(error) }, "the actor system gave up");
+    const text = error instanceof Error ? error.message : String(error);
+    log.error({ error: text }, "the actor system gave up");
     process.exit(1);
   });
   handleSignals(starting, configSources(command, process.env), log);
@@ -24,10 +48,19 @@ async function serve(command: Command): Promise<void> {
     command.error(whyNoStart(error, options)),
   );
   log.info(
-    { host: options.listen.host, port: server.port, nodes: options.nodes.length },
+    {
+      host: options.listen.host,
+      port: server.port,
+      nodes: options.nodes.length,
+      ...(server.gateway.peerAddress === undefined ? {} : { peers: server.gateway.peerAddress }),
+    },
     "listening",
   );
-  process.send?.({ kind: "listening", port: server.port });
+  const { peerAddress } = server.gateway;
+  process.on("message", (message: { kind?: string; addresses?: string[] }) => {
+    if (message.kind === "peers") server.gateway.peersFound(message.addresses ?? []);
+  });
+  process.send?.({ kind: "listening", port: server.port, peerAddress });
   await warm(server, log);
 }
 
@@ -61,7 +94,10 @@ function handleSignals(started: Promise<Server>, sources: ConfigSources, log: Lo
       );
   };
   process.on("SIGTERM", () => stop("SIGTERM"));
-  process.on("SIGINT", () => stop("SIGINT"));
+  // A terminal sends it to workers too, who are told by the process that started them.
+  process.on("SIGINT", () => {
+    if (nodeCluster.isPrimary) stop("SIGINT");
+  });
   process.on("SIGHUP", () => void started.then((server) => server.reload(sources)));
   process.on("disconnect", () => stop("the end of the process that started it"));
 }

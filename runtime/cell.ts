@@ -98,6 +98,8 @@ export class Ask {
   target: Cell | undefined;
   /** The path in another process it was sent to. */
   sentTo: string | undefined;
+  /** The kind of what was sent there: its reply must fit. */
+  question: string | undefined;
   timer: TimerHandle | undefined;
 
   constructor(askId: number, asker: string, origin: Asker, timeoutUs: number, nowUs: number) {
@@ -108,6 +110,7 @@ export class Ask {
     this.deadlineUs = nowUs + timeoutUs;
     this.target = undefined;
     this.sentTo = undefined;
+    this.question = undefined;
     this.timer = undefined;
   }
 }

@@ -420,13 +420,16 @@ class Kernel implements CellHost {
       kind: "message",
       to: to.path,
       uid: to.uid,
-      from,
+      from: ask?.asker ?? from, // The host has no path but as one who asks.
       askId: ask?.askId ?? 0,
       timeoutUs: ask === undefined ? 0 : Math.max(1, ask.deadlineUs - this.clock.nowUs()),
       message,
     });
     if (refused !== undefined) this.#lose(mail, refused);
-    else if (ask !== undefined) ask.sentTo = to.path;
+    else if (ask !== undefined) {
+      ask.sentTo = to.path;
+      ask.question = kindOf(message);
+    }
     return refused === undefined;
   }
 
@@ -562,7 +565,7 @@ class Kernel implements CellHost {
     const asker = `${this.#root.path}/$host`;
     const origin: Asker = { kind: "host", settle };
     const ask = new Ask(this.nextId(), asker, origin, askTimeoutUs(timeoutMs), this.clock.nowUs());
-    const mail = new Mail<Tag>(to, "", message({ asker, askId: ask.askId }), ask);
+    const mail = new Mail<Tag>(to, asker, message({ asker, askId: ask.askId }), ask);
     this.#openAsk(ask);
     this.#post(mail);
   }
@@ -844,11 +847,19 @@ class Kernel implements CellHost {
     }
   }
 
-  disconnected(isGone: (path: string) => boolean): void {
+  interrupted(isGone: (path: string) => boolean): void {
     for (const ask of this.#asks.values()) {
       if (ask.sentTo === undefined || !isGone(ask.sentTo)) continue;
       this.#answer(ask, { ok: false, failure: "disconnected" });
     }
+  }
+
+  questionOf(askId: number): string | undefined {
+    return this.#asks.get(askId)?.question;
+  }
+
+  disconnected(isGone: (path: string) => boolean): void {
+    this.interrupted(isGone);
     for (const watch of [...this.#watchesOut.values()]) {
       const { path, uid } = watch;
       if (isGone(path)) this.#endWatch(watch, { path, uid, reason: "noconnection" });
@@ -971,8 +982,25 @@ export class ActorSystem {
     this.#kernel.disconnected(isGone);
   }
 
+  /**
+   * The link to these paths is down for now: asks sent there fail at once. Watches stay: what the other side says of
+   * them comes later, or `disconnected` is called.
+   */
+  interrupted(isGone: (path: string) => boolean): void {
+    this.#kernel.interrupted(isGone);
+  }
+
+  /** The kind of the message that this ask sent to another process, while it has no outcome. */
+  questionOf(askId: number): string | undefined {
+    return this.#kernel.questionOf(askId);
+  }
+
   /** Counts a message that was lost outside, in the link to another process. */
-  deadLetter(to: string, message: unknown, reason: "oversized" | "undecodable" | "full"): void {
+  deadLetter(
+    to: string,
+    message: unknown,
+    reason: "oversized" | "undecodable" | "full" | "disconnected",
+  ): void {
     this.#kernel.deadLetter(new Ref(to, 0, undefined), "", message, reason);
   }
 

@@ -48,6 +48,7 @@ describe("errors", () => {
       "queue_full",
     ]);
     expect(of(503)).toEqual([
+      "limit_unavailable",
       "pool_overloaded",
       "no_node",
       "retry_budget_exhausted",

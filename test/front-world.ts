@@ -192,7 +192,7 @@ export class FrontWorld {
       embedder: () => "lexical 128",
       feedback: async (entryId, tenant, isRight) => {
         const asked = this.system.ask<CacheMessage, { known: boolean }>(
-          this.refs.cache(entryId),
+          this.refs.cache.at(entryId),
           1000,
           (replyTo) => ({ kind: "cache.feedback", entryId, tenant, isRight, replyTo }),
         );
@@ -254,7 +254,7 @@ export class FrontWorld {
 
   /** Forgets a tenant's answers, or all, as soon as time runs. */
   purge(tenant?: string): void {
-    for (const shard of this.refs.cacheShards) {
+    for (const shard of this.refs.cache.own) {
       void this.system.ask<CacheMessage, { removed: number }>(shard, 1000, (replyTo) => ({
         kind: "cache.purge",
         ...(tenant === undefined ? {} : { tenant }),
@@ -291,7 +291,7 @@ export class FrontWorld {
 
   /** All shards' figures together. */
   async cache(): Promise<Record<string, number>> {
-    const asked = this.refs.cacheShards.map((shard) =>
+    const asked = this.refs.cache.own.map((shard) =>
       this.system.ask<CacheMessage, CacheDescription>(shard, 1000, (replyTo) => ({
         kind: "cache.describe",
         replyTo,

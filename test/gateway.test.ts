@@ -169,7 +169,7 @@ describe("request: actors that crash", () => {
     const world = new World(["a"]);
     const ids = Array.from({ length: 5 }, () => world.submit("q"));
     world.run(20);
-    world.crash(world.refs.cache(world.keyOf(ids[0] ?? "")));
+    world.crash(world.refs.cache.at(world.keyOf(ids[0] ?? "")));
     world.run(5000);
     for (const id of ids) expect(world.outcome(id).kind).toBe("attach");
     expect(world.starts).toHaveLength(2);

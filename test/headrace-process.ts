@@ -39,6 +39,8 @@ export class HeadraceProcess {
   err = "";
   #exited = false;
   #port: number | undefined;
+  /** Where other peers reach it, as it told over IPC; of a process in a cluster, once it listens. */
+  peerAddress = "";
 
   /** @param args as on the command line, after `headrace`. */
   constructor(args: readonly string[]) {
@@ -53,8 +55,9 @@ export class HeadraceProcess {
     };
     this.child.stdout?.setEncoding("utf8").on("data", keep("out"));
     this.child.stderr?.setEncoding("utf8").on("data", keep("err"));
-    this.child.on("message", (message: { port?: number }) => {
+    this.child.on("message", (message: { port?: number; peerAddress?: string }) => {
       this.#port = message.port;
+      this.peerAddress = message.peerAddress ?? "";
     });
     this.exit = new Promise((resolve) => {
       this.child.once("close", (code, signal) => {

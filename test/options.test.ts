@@ -32,9 +32,16 @@ describe("rows", () => {
     expect(variables).toContain("HEADRACE_TIMEOUTS_FIRST_TOKEN_MS");
   });
 
-  it("optional or with a default: everything but a node's url and a key's tenant", () => {
+  it("optional or with a default: everything but what makes a node, a key, a secret, a certificate", () => {
     const required = leaves.filter((row) => row.required).map(({ path }) => path);
-    expect(required).toEqual(["nodes[].url", "keys[].tenant"]);
+    expect(required).toEqual([
+      "nodes[].url",
+      "keys[].tenant",
+      "cluster.keys[].id",
+      "cluster.keys[].secret",
+      "cluster.tls.cert",
+      "cluster.tls.key",
+    ]);
   });
 
   it("secrets: every option that holds one is marked", () => {
@@ -43,6 +50,7 @@ describe("rows", () => {
       "nodes[].apiKey",
       "keys[].key",
       "keys[].keySha256",
+      "cluster.keys[].secret",
       "cache.semantic.embedder.key",
       "cache.redis.url",
       "cache.redis.password",
@@ -56,6 +64,8 @@ describe("rows", () => {
     expect(plain.map(({ path }) => path)).toEqual([
       "keys[].name",
       "keys[].tenant",
+      "cluster.keys[].id",
+      "cluster.tls.key",
       "cache.redis.keyPrefix",
     ]);
   });
@@ -309,6 +319,7 @@ describe("limits", () => {
 
 describe("relations", () => {
   const redis = "redis://10.0.0.9:6379";
+  const secret = (id: string) => ({ id, secret: "0123456789abcdef" });
   const broken: [object, string][] = [
     [
       { scrape: { timeoutMs: 1001 } },
@@ -369,6 +380,20 @@ describe("relations", () => {
     ],
     [{ warmup: { file: "f", tenant: "x" } }, "warmup.tenant is the tenant of no key"],
     [
+      { cluster: { listen: { host: "0.0.0.0" } } },
+      'cluster.listen.host "0.0.0.0" can be reached from outside, and no keys are configured',
+    ],
+    [{ cluster: { listen: { port: 8080 } } }, "cluster.listen.port 8080 is listen.port already"],
+    [
+      { cluster: { keys: [secret("a"), secret("b"), secret("a")] } },
+      'cluster.keys[2].id "a" is the id of cluster.keys[0] already',
+    ],
+    [{ cluster: { seeds: ["wss://a:1"] } }, "cluster.seeds[0] is for TLS, and cluster.tls is not"],
+    [
+      { cluster: { seeds: ["wss://a:1", "dns://b:1"], tls: { cert: "c", key: "k" } } },
+      "cluster.seeds[1] is without TLS, and cluster.tls is configured",
+    ],
+    [
       {
         warmup: { file: "f" },
         keys: ["a", "b"].map((t) => ({ key: `sk-0123456${t}`, tenant: t })),
@@ -393,6 +418,10 @@ describe("relations", () => {
     { cache: { redis: { sentinels: ["a:1", "b:1"], sentinelMaster: "m", tls: true } } },
     { cache: { redis: { clusterNodes: ["a:1", "[::1]:2"] } } },
     { warmup: { file: "f", tenant: "local" } },
+    { cluster: {} },
+    { cluster: { listen: { host: "::", port: 0 }, keys: [secret("a")] }, listen: { port: 0 } },
+    { cluster: { seeds: ["srv://_peer._tcp.a", "ws://[::1]:1"], advertise: "[::1]:7000" } },
+    { cluster: { tls: { cert: "c", key: "k" }, seeds: ["dnss://a:1"] } },
     { cache: { semantic: { embedder: { path: "models", url: "http://e", key: "k" } } } },
     {
       cache: {

@@ -26,6 +26,7 @@ type Admit = {
   maxTokens?: number;
   /** From now. */
   expiresMs?: number;
+  takeover?: number;
 };
 
 /** The actor with a few words for talking to it. */
@@ -50,6 +51,7 @@ class Limiter {
       promptTokens: admit.promptTokens ?? 10,
       ...(admit.maxTokens === undefined ? {} : { maxTokens: admit.maxTokens }),
       expiresAtMs: this.kit.nowMs + (admit.expiresMs ?? 600_000),
+      ...(admit.takeover === undefined ? {} : { takeover: admit.takeover }),
       replyTo,
     }));
     if (reply === undefined) throw new Error("admit is answered at once");
@@ -84,6 +86,47 @@ class Limiter {
 
 const granted = (reply: AdmitReply): boolean => reply.kind === "granted";
 const codeOf = (reply: AdmitReply): string => (reply.kind === "granted" ? "granted" : reply.code);
+
+describe("rate limiter: in a cluster", () => {
+  it("rate limiter: a key taken over starts with half its bursts, once for each takeover", () => {
+    const limits = {
+      requestsPerMinute: 60,
+      requestBurst: 10,
+      tokensPerMinute: 600,
+      tokenBurst: 600,
+    };
+    const limiter = new Limiter();
+    const remaining = (requestId: string, takeover?: number): (number | undefined)[] => {
+      const more = takeover === undefined ? {} : { takeover };
+      const { state } = limiter.admit({
+        requestId,
+        limits,
+        promptTokens: 0,
+        maxTokens: 1,
+        ...more,
+      });
+      return [state.requests?.remaining, state.tokens?.remaining];
+    };
+    expect(remaining("a")).toEqual([9, 599]);
+    expect(remaining("b", 3)).toEqual([4, 299]);
+    expect(remaining("c", 3)).toEqual([3, 298]);
+    expect(remaining("d", 2)).toEqual([2, 297]);
+    limiter.kit.advance(30_000);
+    expect(remaining("e", 4)).toEqual([4, 299]);
+    // One that has less than half is left alone.
+    expect(remaining("f", 5)).toEqual([3, 298]);
+  });
+
+  it("rate limiter: what a lost peer holds is free again, and stays charged", () => {
+    const limits = { requestsPerMinute: 60, requestBurst: 10, concurrent: 3 };
+    const limiter = new Limiter();
+    for (const requestId of ["a", "b"]) limiter.admit({ requestId, limits, owner: "peer-2" });
+    limiter.admit({ requestId: "c", limits, owner: "peer-3" });
+    limiter.kit.send({ kind: "limiter.owner_lost", owner: "peer-2" });
+    expect(limiter.key()).toMatchObject({ inflight: 1, state: { requests: { remaining: 7 } } });
+    expect(limiter.describe().lapses).toBe(2);
+  });
+});
 
 describe("rate limiter: each limit", () => {
   it("rate limiter: requests a minute pass in a burst and then at their rate, with the wait told", () => {

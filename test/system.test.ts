@@ -957,6 +957,23 @@ describe("remote", () => {
     expect(deadLetters(right)).toContain("noroute do 1");
   });
 
+  it("ask of the host: replies and failures come back across the link", async () => {
+    const { left, there, scheduler } = twoSystems();
+    const ask = (run: (callee: Hand, to: ReplyTo<number>) => void) =>
+      left.system.ask<Doing<unknown>, number>(there, 50, (replyTo) => ({
+        kind: "do",
+        run: (callee) => run(callee, replyTo),
+      }));
+    const answered = ask((callee, replyTo) => callee.reply(replyTo, 7));
+    const failed = ask(() => {
+      throw new Error("thrown on purpose");
+    });
+    scheduler.runFor(20); // Before their deadline.
+    expect(left.system.stats().asks).toBe(0);
+    expect(await answered).toEqual({ ok: true, value: 7 });
+    expect(await failed).toEqual({ ok: false, failure: "crashed" });
+  });
+
   it("watch: the end of a remote actor comes once, noproc for one that is not there", () => {
     const { act, there, leftGot, right, scheduler } = twoSystems();
     act((context) => {

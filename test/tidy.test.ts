@@ -31,8 +31,11 @@ const pureTransport = [
   "transport/option-schema.ts",
   "transport/options.ts",
   "transport/peer-link.ts",
+  "transport/peer-seeds.ts",
   "transport/settings.ts",
   "transport/trace-format.ts",
+  "transport/wire-messages.ts",
+  "transport/wire-shape.ts",
   "transport/wire.ts",
 ];
 const purePackages = ["fastest-levenshtein", "msgpackr", "zod"];
@@ -51,7 +54,7 @@ const packageHomes: Readonly<Record<string, readonly string[]>> = {
   "prom-client": ["transport/metrics.ts"],
   undici: ["transport/upstream.ts"],
   usearch: ["transport/approximate-index.ts"],
-  ws: ["transport/websocket.ts"],
+  ws: ["transport/peer-socket.ts"],
   yaml: ["transport/config.ts"],
   zod: ["transport/options.ts", "transport/option-schema.ts", "transport/option-problems.ts"],
 };

@@ -21,7 +21,12 @@ import type { Actor, ActorRef, Context, ReplyTo, RuntimeEvent } from "../runtime
 import { SimClock } from "../runtime/clock.ts";
 import { Random } from "../runtime/random.ts";
 import { SimScheduler } from "../runtime/sim-scheduler.ts";
-import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
+import {
+  type ActorSystem,
+  createSystem,
+  type Remote,
+  type SystemEvent,
+} from "../runtime/system.ts";
 import { readOptions } from "../transport/config.ts";
 import type { OptionsInput } from "../transport/options.ts";
 import { gatewaySettings } from "../transport/settings.ts";
@@ -182,6 +187,8 @@ class ModelFront implements Actor<FrontCommand> {
   readonly forgotten = new Set<string>();
   /** Told to read a flight whose bytes had been forgotten: must stay empty. */
   readonly lateAttaches: string[] = [];
+  /** Reads a flight of another peer. */
+  onRelay: (requestId: string, flightId: string) => void = () => {};
 
   receive(message: FrontCommand): void {
     switch (message.kind) {
@@ -193,6 +200,7 @@ class ModelFront implements Actor<FrontCommand> {
         });
       case "front.attach":
         if (this.forgotten.has(message.flightId)) this.lateAttaches.push(message.requestId);
+        if (message.flightId.includes("/")) this.onRelay(message.requestId, message.flightId);
         return this.#add(message.requestId, {
           kind: "attach",
           flightId: message.flightId,
@@ -263,8 +271,17 @@ export type Books = {
   upstream: number;
 };
 
+/** One process of several: with the same clock, and a way to the others. */
+export type AsPeer = {
+  id: string;
+  clock: SimClock;
+  scheduler: SimScheduler;
+  nextId: () => number;
+  remote: Remote;
+};
+
 export class World {
-  readonly clock = new SimClock();
+  readonly clock: SimClock;
   readonly scheduler: SimScheduler;
   readonly system: ActorSystem;
   readonly refs: GatewayRefs;
@@ -281,13 +298,20 @@ export class World {
   readonly #keys = new Map<string, string>();
   #sequence = 0;
 
-  constructor(nodes: readonly NodeId[], options: OptionsInput = {}, seed: number = 1) {
+  constructor(
+    nodes: readonly NodeId[],
+    options: OptionsInput = {},
+    seed: number = 1,
+    peer?: AsPeer,
+  ) {
     this.#nodes = nodes;
-    this.scheduler = new SimScheduler(this.clock, seed);
+    this.clock = peer?.clock ?? new SimClock();
+    this.scheduler = peer?.scheduler ?? new SimScheduler(this.clock, seed);
     this.system = createSystem({
       scheduler: this.scheduler,
       clock: this.clock,
       random: new Random(seed),
+      ...(peer === undefined ? {} : { remote: peer.remote, nextId: peer.nextId }),
     });
     const settings = gatewaySettings(
       readOptions({
@@ -295,7 +319,13 @@ export class World {
         nodes: nodes.map((name, i) => ({ name, url: `http://10.0.0.${i + 1}:8000` })),
       }),
     );
-    this.refs = new GatewayRefs((path) => this.system.ref(path), settings.cacheShards);
+    this.refs = new GatewayRefs(
+      (path) => this.system.ref(path),
+      settings.cacheShards,
+      peer?.id,
+      peer !== undefined,
+    );
+    if (peer !== undefined) for (const node of nodes) this.refs.placeNode(node, peer.id);
     const tree = gatewayTree(settings, this.refs, {
       front: () => this.front,
       upstream: () => this.upstream,
@@ -391,7 +421,7 @@ export class World {
   async books(): Promise<Books> {
     const nodes = await Promise.all(this.#nodes.map((node) => this.node(node)));
     const shards = await Promise.all(
-      this.refs.cacheShards.map((shard) =>
+      this.refs.cache.own.map((shard) =>
         this.ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
           kind: "cache.describe",
           replyTo,

@@ -6,11 +6,15 @@
  *   DELETE /admin/nodes/NAME             drain it, then remove it
  *   POST   /admin/nodes/NAME/drain       no new requests
  *   POST   /admin/nodes/NAME/undrain
+ *   GET    /admin/cluster                members, who owns what, links: as this peer sees them
  *   GET    /admin/state                  all actors: router, queue, cache, limits, mailboxes
  *   GET    /admin/explain/REQUEST_ID     why a request went as it did
  *   DELETE /admin/cache[?tenant=NAME]    purge one tenant's entries, or all
  *   GET    /admin/cache?tenant=NAME[&text=…][&scope=…][&count=20]   stored questions, and how they compare with a text
  *   DELETE /admin/cache/ENTRY?tenant=NAME                 remove one for good
+ *
+ * In a cluster, adding and removing a node is for the peer that is asked: do it on each (or change the configuration
+ * and reload all). Draining reaches the node's one actor, so it is for all.
  */
 import { hash, timingSafeEqual } from "node:crypto";
 import type { ErrorCode } from "../actors/errors.ts";
@@ -68,6 +72,11 @@ export class Admin {
           status: 201,
           body: { added: this.#gateway.addNode(JSON.parse(body.toString("utf8"))) },
         };
+      case "GET cluster": {
+        const cluster = await this.#gateway.cluster();
+        if (cluster !== undefined) return { status: 200, body: cluster };
+        return refusal("not_found", "this process is no peer of a cluster");
+      }
       case "GET state":
         return { status: 200, body: await this.#gateway.state() };
       case "DELETE cache": {

@@ -66,6 +66,11 @@ export class Answer {
     this.#bytesMax = bytesMax;
   }
 
+  /** Of what can still be read; fixed once it has ended. */
+  get bytesHeld(): number {
+    return this.#bytesHeld;
+  }
+
   get end(): AnswerEnd | null {
     return this.#end;
   }
@@ -186,10 +191,73 @@ export class AnswerReader {
   }
 }
 
+/** Where the bytes of a flight of another peer come from. */
+export interface FlightSource {
+  /**
+   * Reads that flight from now on, together with all others here that read it. `onAnswer` is called once, not before
+   * this returns: with the answer that fills, or undefined when it cannot be had.
+   */
+  open(flightId: string, onAnswer: (answer: Answer | undefined) => void): RelayedFlight;
+}
+
+/** One reader's hold on it. */
+export interface RelayedFlight {
+  /** The way to it broke, so its answer is not whole. */
+  readonly isLost: boolean;
+  release(): void;
+}
+
+/** How long readers of other peers may take to come, after all of them have been told of the flight. */
+export const LINGER_MS = 5000;
+/** Of all answers that linger; the oldest go first. */
+const LINGER_BYTES_MAX = 32 << 20;
+
+type Lingering = { requestId: RequestId; answer: Answer; untilMs: number };
+
 /** Requests and answers in flight in this process, by request id. Entries leave with `front.forget`. */
 export class DataPlane {
   readonly requests = new InflightMap<RequestId, OutgoingRequest>();
   readonly answers = new InflightMap<RequestId, Answer>();
   /** Bodies for the recording, only where it holds them; whoever writes the request's line takes its body out. */
   readonly prompts = new InflightMap<RequestId, Buffer>();
+  /** In the order in which they go. */
+  #lingering: Lingering[] = [];
+  #lingeringBytes = 0;
+
+  forget(requestId: RequestId): void {
+    this.requests.delete(requestId);
+    this.answers.delete(requestId);
+  }
+
+  /** Forgets its answer only a while later, by `expire`. */
+  linger(requestId: RequestId, nowMs: number): void {
+    this.requests.delete(requestId);
+    const answer = this.answers.get(requestId);
+    if (answer === undefined) return;
+    this.#lingering.push({ requestId, answer, untilMs: nowMs + LINGER_MS });
+    this.#lingeringBytes += answer.bytesHeld;
+    this.expire(nowMs);
+  }
+
+  /** True while something lingers. */
+  expire(nowMs: number): boolean {
+    let count = 0;
+    for (const { requestId, answer, untilMs } of this.#lingering) {
+      if (untilMs > nowMs && this.#lingeringBytes <= LINGER_BYTES_MAX) break;
+      count++;
+      this.#lingeringBytes -= answer.bytesHeld;
+      // A later request may have the same id.
+      if (this.answers.get(requestId) === answer) this.answers.delete(requestId);
+    }
+    if (count > 0) this.#lingering = this.#lingering.slice(count);
+    return this.#lingering.length > 0;
+  }
+
+  clear(): void {
+    this.requests.clear();
+    this.answers.clear();
+    this.prompts.clear();
+    this.#lingering = [];
+    this.#lingeringBytes = 0;
+  }
 }

@@ -21,14 +21,17 @@ export const engines = [
 /** One of `engines`. */
 export type Engine = (typeof engines)[number];
 
-type Figure =
-  | "running"
-  | "waiting"
-  | "waitingForCapacity"
-  | "kv"
-  | "generatedTokensTotal"
-  | "preemptionsTotal"
-  | "maxSequences";
+/** In the order in which samples hold them, whatever the engine's: peers know few shapes of a sample. */
+const figures = [
+  "running",
+  "waiting",
+  "waitingForCapacity",
+  "kv",
+  "generatedTokensTotal",
+  "preemptionsTotal",
+  "maxSequences",
+] as const;
+type Figure = (typeof figures)[number];
 
 type Rule = {
   engine: Engine;
@@ -228,7 +231,10 @@ function sampleOf(
   found: ReadonlyMap<Figure, Found>,
 ): ScrapeSample {
   const sample: ScrapeSample = { engine, missing: [] };
-  for (const [figure, { value }] of found) sample[figure] = value;
+  for (const figure of figures) {
+    const value = found.get(figure)?.value;
+    if (value !== undefined) sample[figure] = value;
+  }
   for (const [figure, name] of Object.entries(expectedNames[engine])) {
     if (sample[figure as Figure] === undefined) sample.missing.push(name);
   }

@@ -21,7 +21,16 @@ import type {
 import type { RequestMessage } from "../actors/request.ts";
 import type { Actor, ActorRef } from "../runtime/actor.ts";
 import { InflightMap } from "../runtime/inflight-map.ts";
-import type { Answer, AnswerEnd, AnswerReader, DataPlane, OutgoingRequest } from "./data-plane.ts";
+import {
+  type Answer,
+  type AnswerEnd,
+  type AnswerReader,
+  type DataPlane,
+  type FlightSource,
+  LINGER_MS,
+  type OutgoingRequest,
+  type RelayedFlight,
+} from "./data-plane.ts";
 import { errorBody, errorHeaders, httpErrors } from "./http-errors.ts";
 import type { Tenant } from "./keys.ts";
 import { assembleAnswer, wholeToSse } from "./openai-answer.ts";
@@ -94,6 +103,8 @@ export type FrontDeps = {
   idPrefix: string;
   requests: ActorRef<RequestMessage>;
   post: <T>(to: ActorRef<T>, message: T) => void;
+  /** Of the flights of other peers; absent: there are none. */
+  relays?: FlightSource;
   /** Who a key belongs to, or why not. */
   authenticate: (key: string | undefined) => Tenant | ErrorCode;
   /** Vectors of different embedders never meet; undefined while there is none. */
@@ -113,6 +124,8 @@ type Open = {
   state: "waiting" | "answering" | "done";
   reader: AnswerReader | null;
   answer: Answer | null;
+  /** Where it is the answer of another peer's flight. */
+  relay: RelayedFlight | null;
   facts: AnswerFacts | null;
   /** Bytes go on as they come; otherwise the answer is gathered first. */
   passes: boolean;
@@ -149,6 +162,7 @@ export class Front implements Actor<FrontCommand> {
   #judging = 0;
   #sequence = 0;
   #onIdle: (() => void) | null = null;
+  #lingerTimer: NodeJS.Timeout | undefined;
 
   constructor(options: FrontOptions, deps: FrontDeps) {
     this.#options = options;
@@ -187,10 +201,12 @@ export class Front implements Actor<FrontCommand> {
   /** Cuts every open request: what remains when the time to drain is over. */
   cutAll(): void {
     for (const open of this.#open.values()) {
+      this.#dropRelay(open);
       if (open.state === "waiting") this.#fail(open, "shutting_down");
       else this.#breakOff(open, "shutting_down");
       this.#tellLeft(open.requestId);
     }
+    clearTimeout(this.#lingerTimer);
   }
 
   // ---- from the carrier ---------------------------------------------------------------------------------
@@ -244,6 +260,7 @@ export class Front implements Actor<FrontCommand> {
       state: "waiting",
       reader: null,
       answer: null,
+      relay: null,
       facts: null,
       passes: false,
       blocked: false,
@@ -409,6 +426,7 @@ export class Front implements Actor<FrontCommand> {
 
   #onLeft(open: Open): void {
     if (open.state === "done") return;
+    this.#dropRelay(open); // That it left says all.
     this.#done(open);
     this.#tellLeft(open.requestId);
   }
@@ -431,9 +449,7 @@ export class Front implements Actor<FrontCommand> {
         return this.#fail(open, message.code, message.message, message.retryAfterMs, message.facts);
       }
       case "front.forget":
-        this.#deps.data.requests.delete(message.requestId);
-        this.#deps.data.answers.delete(message.requestId);
-        return;
+        return this.#forget(message.requestId, message.isShared);
       case "front.ask_again":
         return this.#askAgain(message.requestId, message.entryId, message.similarity);
       case "front.requests_lost":
@@ -446,9 +462,7 @@ export class Front implements Actor<FrontCommand> {
           if (open.state === "waiting") this.#fail(open, "internal");
           else this.#breakOff(open, "internal");
         }
-        this.#deps.data.requests.clear();
-        this.#deps.data.answers.clear();
-        this.#deps.data.prompts.clear();
+        this.#deps.data.clear();
         return;
     }
   }
@@ -487,6 +501,17 @@ export class Front implements Actor<FrontCommand> {
     const open = this.#open.get(requestId);
     if (open === undefined || open.state !== "waiting") return;
     const answer = this.#deps.data.answers.get(flightId);
+    const { relays } = this.#deps;
+    if (answer !== undefined || relays === undefined || !flightId.includes("/"))
+      return this.#read(open, answer, facts);
+    open.relay = relays.open(flightId, (relayed) => {
+      if (open.state !== "waiting") return;
+      if (relayed === undefined) this.#askAnew(open);
+      else this.#read(open, relayed, facts);
+    });
+  }
+
+  #read(open: Open, answer: Answer | undefined, facts: AnswerFacts): void {
     const reader = answer?.read(() => {
       if (!open.blocked) this.#pump(open);
     });
@@ -506,6 +531,37 @@ export class Front implements Actor<FrontCommand> {
       open.sink.head(head.status, headers);
     }
     this.#pump(open);
+  }
+
+  /** The flight that it was to read is lost with its peer, before a byte has gone out. */
+  #askAnew(open: Open): void {
+    this.#dropRelay(open);
+    open.reader?.close();
+    open.reader = null;
+    open.answer = null;
+    open.state = "waiting";
+    const { requestId } = open;
+    this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, how: "lost" });
+  }
+
+  #dropRelay(open: Open): void {
+    open.relay?.release();
+    open.relay = null;
+  }
+
+  #forget(requestId: RequestId, isShared: boolean): void {
+    const { data, relays, nowMs } = this.#deps;
+    if (!isShared || relays === undefined) return data.forget(requestId);
+    data.linger(requestId, nowMs());
+    this.#lingerTimer ??= setTimeout(() => this.#expire(), LINGER_MS).unref();
+  }
+
+  #expire(): void {
+    const { data, nowMs } = this.#deps;
+    const isLingering = data.expire(nowMs());
+    this.#lingerTimer = isLingering
+      ? setTimeout(() => this.#expire(), LINGER_MS / 4).unref()
+      : undefined;
   }
 
   // ---- delivery -------------------------------------------------------------------------------------------
@@ -542,7 +598,10 @@ export class Front implements Actor<FrontCommand> {
   /** The client wants another form than the flight has: whole from a stream, or a stream from whole. */
   #deliverEnded(open: Open, answer: Answer, end: AnswerEnd): void {
     const facts = open.facts ?? { cache: "bypass", attempts: 0, queuedMs: 0 };
-    if (!end.ok) return this.#fail(open, end.code, undefined, undefined, facts);
+    if (!end.ok) {
+      if (open.relay?.isLost === true) return this.#askAnew(open);
+      return this.#fail(open, end.code, undefined, undefined, facts);
+    }
     const parts = answer.parts;
     if (parts === null)
       return this.#fail(open, "internal", "the answer was too long to be gathered");
@@ -589,7 +648,7 @@ export class Front implements Actor<FrontCommand> {
     facts?: AnswerFacts,
   ): void {
     writeError(open.sink, code, this.#headers(open, facts), message, undefined, retryAfterMs);
-    this.#done(open);
+    this.#done(open, "broken");
   }
 
   /** Bytes are out: an error event where the form allows it, and an end that no client takes for a good one. */
@@ -598,21 +657,28 @@ export class Front implements Actor<FrontCommand> {
       open.sink.write(Buffer.from(`data: ${JSON.stringify(errorBody(code))}\n\n`));
       open.sink.end(); // Without [DONE].
     } else open.sink.destroy();
-    this.#done(open);
+    this.#done(open, "broken");
   }
 
   #cutSlowReader(open: Open): void {
+    this.#dropRelay(open);
     open.sink.destroy();
     this.#done(open);
     this.#tellLeft(open.requestId);
   }
 
-  #done(open: Open): void {
+  /** @param how it was delivered, if it is another peer's flight */
+  #done(open: Open, how: "whole" | "broken" = "whole"): void {
     open.state = "done";
     open.reader?.close();
     open.reader = null;
     open.answer = null;
     this.#open.delete(open.requestId);
+    if (open.relay !== null) {
+      this.#dropRelay(open);
+      const { requestId } = open;
+      this.#deps.post(this.#deps.requests, { kind: "request.relayed", requestId, how });
+    }
     if (this.#open.size === 0 && this.#onIdle !== null) this.#onIdle();
   }
 

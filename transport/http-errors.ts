@@ -42,6 +42,8 @@ export const httpErrors = {
   quota_tokens_per_day: { status: 429, type: "tokens", retryAfterMs: 60_000 },
   // Not 429: no wait makes it pass, and clients would retry a 429.
   request_too_large_for_limit: { status: 413, type: "tokens" },
+  // A peer that is gone is replaced within three seconds.
+  limit_unavailable: { status: 503, type: "service_unavailable_error", retryAfterMs: 3000 },
   queue_full: { status: 429, type: "requests", retryAfterMs: 1000 },
   pool_overloaded: { status: 503, type: "overloaded_error", retryAfterMs: 1000 },
   no_node: { status: 503, type: "service_unavailable_error", retryAfterMs: 5000 },

@@ -6,18 +6,13 @@
 import { randomBytes } from "node:crypto";
 import type { CacheDescription, CacheMessage } from "../actors/cache.ts";
 import type { Embedded, EmbedderCommand } from "../actors/edges.ts";
-import {
-  GatewayRefs,
-  type GatewaySettings,
-  gatewayTree,
-  NODES_PATH,
-  nodeSpec,
-} from "../actors/gateway.ts";
+import { GatewayRefs, type GatewaySettings, gatewayTree, nodeSpec } from "../actors/gateway.ts";
 import type { GpuNodeEvent, GpuNodeMessage, NodeDescription } from "../actors/gpu-node.ts";
+import type { MembershipEvent } from "../actors/membership.ts";
 import type { NodeId, SemanticPolicy } from "../actors/protocol.ts";
 import type { LimiterDescription, RateLimiterMessage } from "../actors/rate-limiter.ts";
 import type { RequestDescription, RequestFinished, RequestMessage } from "../actors/request.ts";
-import type { RouterDescription, RouterMessage } from "../actors/router.ts";
+import type { RouterDescription, RouterEvent, RouterMessage } from "../actors/router.ts";
 import type { RouterLogEvent } from "../actors/router-log.ts";
 import type { InspectedEntry, JudgedPool, MakeIndex } from "../actors/semantic-shard.ts";
 import type { ActorRef, ReplyTo } from "../runtime/actor.ts";
@@ -26,9 +21,11 @@ import { NactScheduler } from "../runtime/nact-scheduler.ts";
 import { Random } from "../runtime/random.ts";
 import { type ActorSystem, createSystem, type SystemEvent } from "../runtime/system.ts";
 import { ApproximateIndex, loadUsearch } from "./approximate-index.ts";
+import type { Cluster, ClusterDescription } from "./cluster.ts";
 import { diffForReload, type ReloadPlan, readOptions } from "./config.ts";
 import { DataPlane } from "./data-plane.ts";
 import { type Embedder, openEmbedder } from "./embedder.ts";
+import type { FlightRelays } from "./flight-relay.ts";
 import { Front, type FrontOptions, policyOf } from "./front.ts";
 import { KeyTable } from "./keys.ts";
 import type { Log } from "./log.ts";
@@ -70,6 +67,8 @@ export class Gateway {
   readonly #scraper: ScraperEdge;
   readonly #store: RedisStore | undefined;
   readonly #embedder: Embedder | undefined;
+  readonly #cluster: Cluster | undefined;
+  readonly #relays: FlightRelays | undefined;
   readonly #nowMs: () => number;
   readonly #metrics = new Metrics();
   readonly #recent = new RecentRequests();
@@ -100,7 +99,19 @@ export class Gateway {
     const { mode, embedder: embedderOptions } = options.cache.semantic;
     const isWanted = options.cache.enabled && mode !== "off"; // Without an embedder one line says how to get one.
     const embedder = isWanted ? await openEmbedder(embedderOptions, log) : undefined;
-    const gateway = new Gateway(options, log, { store, embedder }, onFatal);
+    // What its links tell has no one to go to before there is a gateway, and then goes there.
+    let gateway: Gateway | undefined;
+    const cluster =
+      options.cluster === undefined
+        ? undefined
+        : await (await import("./cluster.ts")).Cluster.open(options, log, {
+            onEvent: (event) => gateway?.onEvent(event, "mesh"),
+            onFatal: (error) => gateway?.fail(error, onFatal),
+          }).catch(async (error) => {
+            await Promise.all([store?.close(), embedder?.close()]);
+            throw error;
+          });
+    gateway = new Gateway(options, log, { store, embedder, cluster }, onFatal);
     await gateway.#untilModelsKnown();
     return gateway;
   }
@@ -108,13 +119,22 @@ export class Gateway {
   private constructor(
     options: Options,
     log: Log,
-    { store, embedder }: { store: RedisStore | undefined; embedder: Embedder | undefined },
+    {
+      store,
+      embedder,
+      cluster,
+    }: {
+      store: RedisStore | undefined;
+      embedder: Embedder | undefined;
+      cluster: Cluster | undefined;
+    },
     onFatal: (error: unknown) => void,
   ) {
     this.#options = options;
     this.#log = log;
     this.#store = store;
     this.#embedder = embedder;
+    this.#cluster = cluster;
     this.#keys = new KeyTable(options);
     const clock = new SystemClock();
     this.#nowMs = () => clock.nowUs() / 1000;
@@ -123,12 +143,18 @@ export class Gateway {
       scheduler: new NactScheduler({ mode: "dispatcher", clock }),
       clock,
       random: new Random(idPrefix),
+      ...(cluster === undefined ? {} : { remote: cluster.remote, nextId: cluster.nextId }),
     });
     const post = <T>(to: ActorRef<T>, message: T): void => void this.#system.tell(to, message);
     const reply = <R>(to: ReplyTo<R>, value: R): void => this.#system.reply(to, value);
     const exact = gatewaySettings(options);
     const settings = embedder === undefined ? exact : withUsearch(exact);
-    this.#refs = new GatewayRefs((path) => this.#system.ref(path), settings.cacheShards);
+    this.#refs = new GatewayRefs(
+      (path) => this.#system.ref(path),
+      settings.cacheShards,
+      cluster?.self.id,
+      cluster !== undefined,
+    );
     const data = this.#data;
     this.#upstream = new UpstreamEdge(upstreamOptions(options), {
       data,
@@ -142,8 +168,11 @@ export class Gateway {
       post,
       random: () => scraperRandom.next(),
     });
+    const relays = cluster?.relays(data, upstreamOptions(options).answerBytesMax);
+    this.#relays = relays;
     this.front = new Front(frontOptions(options), {
       data,
+      ...(relays === undefined ? {} : { relays }),
       nowMs: this.#nowMs,
       idPrefix,
       requests: this.#refs.requests,
@@ -169,20 +198,29 @@ export class Gateway {
             { kind: "router.log", v: 1, seed: idPrefix, root, settings: settings.router },
             onRecordError(decisions),
           );
-    const tree = gatewayTree(settings, this.#refs, {
+    const peers = cluster?.settings(() =>
+      this.#options.nodes.map((node) => nodeSettings(node, this.#options)),
+    );
+    const whole = peers === undefined ? settings : { ...settings, nodes: [], cluster: peers };
+    const tree = gatewayTree(whole, this.#refs, {
       front: () => this.front,
       upstream: () => this.#upstream,
       scraper: () => this.#scraper,
       ...(store === undefined ? {} : { store: () => store.edge(reply) }),
       ...(embedder === undefined ? {} : { embedder: () => embedder.edge(reply) }),
+      ...cluster?.edges(reply),
     });
     this.#system.start(tree, {
-      onEvent: (event, from) => this.#onEvent(event, from),
-      onFatal: (error) => {
-        void this.close(); // Nobody is left to answer: what is open fails, what comes is refused.
-        onFatal(error);
-      },
+      onEvent: (event, from) => this.onEvent(event, from),
+      onFatal: (error) => this.fail(error, onFatal),
     });
+    cluster?.start(this.#system, this.#refs);
+  }
+
+  /** Nobody is left to answer: what is open fails, what comes is refused. */
+  fail(error: unknown, onFatal: (error: unknown) => void): void {
+    void this.close();
+    onFatal(error);
   }
 
   get options(): Options {
@@ -230,17 +268,25 @@ export class Gateway {
     if (this.#nodes.get(name) !== known) return; // Added anew meanwhile.
     this.#nodes.delete(name);
     this.#learnModels();
-    this.#system.stop(this.#refs.node(name));
-    this.#system.tell(this.#refs.router, { kind: "router.node_removed", node: name });
-    this.#refs.forgetNode(name);
+    if (this.#cluster !== undefined) {
+      this.#system.tell(this.#refs.placement, { kind: "placement.node_removed", node: name });
+    } else {
+      this.#system.stop(this.#refs.node(name));
+      this.#system.tell(this.#refs.router, { kind: "router.node_removed", node: name });
+      this.#refs.forgetNode(name);
+    }
     this.#upstream.removeNode(name);
     this.#scraper.removeNode(name);
   }
 
   #startNode(node: NodeOptions): void {
     this.#register(node);
+    if (this.#cluster !== undefined) {
+      this.#system.tell(this.#refs.placement, { kind: "placement.nodes_changed" });
+      return;
+    }
     const ref = this.#system.spawn(
-      NODES_PATH,
+      this.#refs.nodesPath,
       nodeSpec(nodeSettings(node, this.#options), this.#refs),
     );
     this.#system.tell(ref, { kind: "gpu_node.subscribe", router: this.#refs.router });
@@ -293,10 +339,10 @@ export class Gateway {
     return record === undefined ? undefined : explain(record);
   }
 
-  /** Removes a tenant's cached answers, or all; resolves with how many. */
+  /** Removes a tenant's cached answers, or all, from all peers; resolves with how many. */
   async purge(tenant: string | undefined): Promise<number> {
     const counts = await Promise.all(
-      this.#refs.cacheShards.map((shard) =>
+      this.#refs.cache.all.map((shard) =>
         this.#system.ask<CacheMessage, { removed: number }>(shard, 60_000, (replyTo) => ({
           kind: "cache.purge",
           ...(tenant === undefined ? {} : { tenant }),
@@ -309,7 +355,7 @@ export class Gateway {
 
   /** A caller's word on a stored answer; a wrong one is gone for good. False for an entry that is not there. */
   async feedback(entryId: string, tenant: string, isRight: boolean): Promise<boolean> {
-    const shard = this.#refs.cache(entryId);
+    const shard = this.#refs.cache.at(entryId);
     const outcome = await this.#ask<CacheMessage, { known: boolean }>(shard, (replyTo) => ({
       kind: "cache.feedback",
       entryId,
@@ -336,7 +382,7 @@ export class Gateway {
     const inspection = { tenant, count, ...(scope === undefined ? {} : { scope }), ...question };
     type Found = Pick<Inspection, "entries" | "judged">;
     const shards = await Promise.all(
-      this.#refs.cacheShards.map((shard) =>
+      this.#refs.cache.all.map((shard) =>
         this.#ask<CacheMessage, Found>(shard, (replyTo) => ({
           kind: "cache.inspect",
           inspection,
@@ -380,14 +426,14 @@ export class Gateway {
   }
 
   async state(): Promise<StateSnapshot> {
-    const [nodes, router, shards, limiter, requests] = await Promise.all([
+    const [nodes, router, shards, limiter, requests, cluster] = await Promise.all([
       Promise.all(this.nodeNames().map((name) => this.#describeNode(name))),
       this.#ask<RouterMessage, RouterDescription>(this.#refs.router, (replyTo) => ({
         kind: "router.describe",
         replyTo,
       })),
       Promise.all(
-        this.#refs.cacheShards.map((shard) =>
+        this.#refs.cache.own.map((shard) =>
           this.#ask<CacheMessage, CacheDescription>(shard, (replyTo) => ({
             kind: "cache.describe",
             replyTo,
@@ -402,6 +448,7 @@ export class Gateway {
         kind: "request.describe",
         replyTo,
       })),
+      this.cluster(),
     ]);
     const cache = shards.filter((shard) => shard !== undefined);
     return {
@@ -412,8 +459,24 @@ export class Gateway {
       ...(requests === undefined ? {} : { requests }),
       ...(this.#store === undefined ? {} : { store: this.#store.stats() }),
       ...(this.#embedder === undefined ? {} : { embedder: this.#embedder.describe() }),
+      ...(cluster === undefined ? {} : { cluster }),
       system: this.#system.stats(),
     };
+  }
+
+  /** The cluster as this peer sees it; undefined where there is none. */
+  cluster(): Promise<ClusterDescription | undefined> {
+    return this.#cluster?.describe(this.nodeNames()) ?? Promise.resolve(undefined);
+  }
+
+  /** Where other peers reach this one; undefined without a cluster. */
+  get peerAddress(): string | undefined {
+    return this.#cluster?.self.address;
+  }
+
+  /** Addresses of further peers, beside the configured seeds; in place of those told before. */
+  peersFound(addresses: readonly string[]): void {
+    this.#cluster?.discovered(addresses);
   }
 
   async metrics(): Promise<{ contentType: string; text: string }> {
@@ -424,7 +487,8 @@ export class Gateway {
   async ready(): Promise<{ ready: boolean; reason: string }> {
     if (this.front.draining) return { ready: false, reason: "draining" };
     const nodes = (await this.state()).nodes.map(({ snapshot }) => snapshot);
-    if (nodes.length === 0) return { ready: false, reason: "no node is configured" };
+    if (this.#nodes.size === 0) return { ready: false, reason: "no node is configured" };
+    if (nodes.length === 0) return { ready: false, reason: "no node is looked after yet" };
     const usable = nodes.filter(
       (node) => node.circuit !== "open" && node.healthy && !node.draining,
     );
@@ -468,7 +532,11 @@ export class Gateway {
     const timeout = new Promise<void>((resolve) => {
       timer = setTimeout(resolve, timeoutMs);
     });
-    await Promise.race([this.front.drain(), timeout]);
+    const drained = this.front.drain();
+    await this.#cluster?.leave();
+    // Clients of other peers, too, read what began here.
+    const read = drained.then(() => this.#relays?.idle());
+    await Promise.race([read, timeout]);
     clearTimeout(timer);
     this.front.cutAll();
   }
@@ -490,13 +558,15 @@ export class Gateway {
       this.#embedder?.close(),
       this.#recorder?.close(),
       this.#decisions?.close(),
+      this.#cluster?.close(),
     ]);
   }
 
   // ---- what the actors report ---------------------------------------------------------------------------------
 
-  #onEvent(event: SystemEvent | { kind: string }, from: string): void {
-    const known = event as RequestFinished | GpuNodeEvent | RouterLogEvent; // Others fall through by their kind.
+  onEvent(event: SystemEvent | { kind: string }, from: string): void {
+    // Others fall through by their kind.
+    const known = event as RequestFinished | GpuNodeEvent | RouterEvent | RouterLogEvent;
     switch (known.kind) {
       case "router.log_started":
       case "router.turn":
@@ -514,13 +584,17 @@ export class Gateway {
       case "gpu_node.circuit_changed":
         this.#metrics.onCircuitChanged(known.node, known.to);
         return this.#log.warn(fieldsOf(known), "the circuit of a node changed");
-      case "gpu_node.models_changed": {
+      case "gpu_node.models_changed":
+        return; // The router tells it too, also of nodes that another peer looks after.
+      case "router.models_changed": {
         const node = this.#nodes.get(known.node);
         if (node !== undefined) node.models = known.models;
         return this.#learnModels();
       }
     }
     this.#metrics.onEvent(event.kind);
+    if (event.kind.startsWith("membership.")) this.#cluster?.onMembership(event as MembershipEvent);
+    if (event.kind === "peer.refused") return this.#log.warn(fieldsOf(event), event.kind);
     if (event.kind === "runtime.dead_letter") return this.#log.debug(fieldsOf(event), event.kind);
     if (event.kind.startsWith("runtime."))
       return this.#log.error({ from, ...fieldsOf(event) }, event.kind);

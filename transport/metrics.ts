@@ -11,6 +11,7 @@ import type { LimiterDescription } from "../actors/rate-limiter.ts";
 import type { RequestDescription } from "../actors/request.ts";
 import type { RouterDescription } from "../actors/router.ts";
 import type { SystemStats } from "../runtime/system.ts";
+import type { ClusterDescription } from "./cluster.ts";
 import type { StoreStats } from "./redis-store.ts";
 
 /** The state of all actors at one moment; a part is absent when its actor did not answer. */
@@ -22,6 +23,7 @@ export type StateSnapshot = {
   limiter?: LimiterDescription;
   requests?: RequestDescription;
   store?: StoreStats;
+  cluster?: ClusterDescription;
   system: SystemStats;
 };
 
@@ -127,6 +129,7 @@ export class Metrics {
       new Gauge({ name: `headrace_${name}`, help, labelNames, registers: [now] });
     exposeNodes(state.nodes, gauge);
     exposeActors(state, gauge);
+    if (state.cluster !== undefined) exposeCluster(state.cluster, gauge);
     const text = `${await this.#registry.metrics()}${await now.metrics()}`;
     return { contentType: this.#registry.contentType, text };
   }
@@ -224,11 +227,7 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
     gauge("limiter_reservations", "Reservations not settled yet.").set(limiter.reservations);
   }
   if (store !== undefined) {
-    const figures = gauge("store", "Redis figures by name.", ["figure"]);
-    for (const [figure, value] of Object.entries(store)) {
-      if (typeof value === "number") figures.set({ figure }, value);
-      if (typeof value === "boolean") figures.set({ figure }, value ? 1 : 0);
-    }
+    setFigures(gauge("store", "Redis figures by name.", ["figure"]), store);
   }
   const letters = gauge("dead_letters", "Messages that reached nobody, since the start.", [
     "reason",
@@ -236,4 +235,44 @@ function exposeActors(state: StateSnapshot, gauge: MakeGauge): void {
   for (const { reason, count } of system.deadLetters) letters.inc({ reason }, count);
   gauge("actors", "Actors alive.").set(system.cells.length);
   gauge("actor_restarts", "Actor restarts since the start.").set(system.restarts);
+}
+
+function exposeCluster(
+  { epoch, members, nodes, self, links, limits, table, limitStore }: ClusterDescription,
+  gauge: MakeGauge,
+): void {
+  gauge("cluster_epoch", "Of this peer's view of the members.").set(epoch);
+  const byState = gauge("cluster_members", "Members by state, as this peer sees them.", ["state"]);
+  for (const { state } of members) byState.inc({ state });
+  gauge("cluster_owned_nodes", "Inference nodes that this peer looks after.").set(
+    nodes.filter(({ peer }) => peer === self).length,
+  );
+  const byPeer = ["peer"];
+  const up = gauge("peer_link_up", "1 while there is a link to the peer.", byPeer);
+  const rtt = gauge("peer_rtt_seconds", "Round trip of the last heartbeat.", byPeer);
+  const outbox = gauge("peer_outbox", "Messages that wait to be sent to the peer.", byPeer);
+  const undeliverable = gauge("peer_undeliverable", "Messages lost before they left.", [
+    "peer",
+    "reason",
+  ]);
+  for (const link of links.links) {
+    const { peer } = link;
+    up.set({ peer }, link.state === "up" ? 1 : 0);
+    if (link.rttMs !== undefined) rtt.set({ peer }, link.rttMs / 1000);
+    outbox.set({ peer }, link.outboxDepth);
+    for (const [reason, count] of Object.entries(link.undeliverable))
+      undeliverable.set({ peer, reason }, count);
+  }
+  const refusals = gauge("peer_refusals", "Handshakes that failed, by reason.", ["reason"]);
+  for (const [reason, count] of Object.entries(links.refusals)) refusals.set({ reason }, count);
+  setFigures(gauge("cluster_limits", "Figures of cluster-wide limits.", ["figure"]), limits);
+  setFigures(gauge("cluster_table", "Figures of the table of members.", ["figure"]), table);
+  setFigures(gauge("limit_store", "Figures of limits in Redis.", ["figure"]), limitStore);
+}
+
+function setFigures(figures: Gauge, values: object | undefined): void {
+  for (const [figure, value] of Object.entries(values ?? {})) {
+    if (typeof value === "number") figures.set({ figure }, value);
+    if (typeof value === "boolean") figures.set({ figure }, value ? 1 : 0);
+  }
 }

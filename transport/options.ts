@@ -34,6 +34,7 @@ import {
   tokens,
   unwrap,
 } from "./option-schema.ts";
+import { wrongSeed } from "./peer-seeds.ts";
 
 const MiB = 1024 * 1024;
 const GiB = 1024 * MiB;
@@ -89,6 +90,15 @@ function wrongHostPort(value: string): string | undefined {
   return port >= 1 && port <= 65_535 ? undefined : "is not host:port";
 }
 
+/** Part of every path of its actors: no slash. */
+function wrongPeerId(value: string): string | undefined {
+  return /^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(value) ? undefined : "is not a valid id";
+}
+
+function wrongAdvertised(value: string): string | undefined {
+  return wrongHostPort(value) === undefined ? undefined : wrongHost(value);
+}
+
 function wrongEmbedderUrl(value: string): string | undefined {
   // Unlike a node's URL it may name the route: TEI and others have it elsewhere.
   return wrongUrl(value.replace(/\/embeddings\/*$/, ""))?.replace("use apiKey", "use key");
@@ -128,6 +138,11 @@ function limitsGroup(doc: string) {
     tokensPerDay: tokens(
       [1, 1_000_000_000_000],
       "Tokens a day: 24 hours from the first one.",
+    ).exactOptional(),
+    whenUnreachable: choice(
+      ["share", "refuse"],
+      "In a cluster, while the peer that keeps the key's allowance is out of reach: " +
+        "share = each peer admits its share of the limits; refuse = 503 until it is back. Unset = share.",
     ).exactOptional(),
   });
 }
@@ -222,6 +237,77 @@ const key = group("One API key.", "live", {
     return { ...rest, keySha256: hash, name: name ?? `${rest.tenant}-${hash.slice(0, 8)}` };
   });
 
+const peerKey = group("One secret of the cluster.", "restart", {
+  id: text({
+    doc: "Its name, which is no secret.",
+    accepted: "1 to 32 letters, digits, '.', '_' or '-'",
+    wrong: (value) => (/^[A-Za-z0-9._-]{1,32}$/.test(value) ? undefined : "is not a valid id"),
+  }),
+  secret: text({
+    doc: "What peers prove to each other that they know; it never travels.",
+    accepted: "16 to 512 printable ASCII characters without spaces",
+    secret: "all",
+    wrong: wrongSecret(16),
+  }),
+});
+
+const cluster = group(
+  "Several processes as one gateway. Unset = one process. Nodes, keys and limits must be configured alike on all.",
+  "restart",
+  {
+    name: name("Peers of a cluster of another name are refused.").default("headrace"),
+    id: text({
+      doc:
+        "Name of this peer: one of its own, and the same after a restart. Unset = the host's name and " +
+        "listen.port; with port 0 the host's name and a random part.",
+      accepted: "1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit",
+      wrong: wrongPeerId,
+    }).exactOptional(),
+    listen: group("Where peers connect.", "restart", {
+      host: text({
+        doc: "Address to listen on. Other than loopback only with keys configured.",
+        accepted: "a host name or IP address, such as 127.0.0.1, 0.0.0.0 or ::",
+        wrong: wrongHost,
+      }).default("127.0.0.1"),
+      port: count([0, 65_535], "Port to listen on; 0 = any free one.").default(7946),
+    }).prefault({}),
+    advertise: text({
+      doc:
+        "Where other peers reach this one; unset = listen.host, or this machine's first address where that " +
+        "is 0.0.0.0 or ::. Without a port, the one that it listens on.",
+      accepted: "a host name, an IP address, or host:port",
+      wrong: wrongAdvertised,
+    }).exactOptional(),
+    seeds: texts({
+      doc: "Where peers are to be found at the start, this one or not; any that answers tells of the others.",
+      accepted: "ws://host:port, wss://host:port, dns://name:port or srv://name",
+      max: 100,
+      wrong: wrongSeed,
+    }).default([]),
+    keys: items(
+      "Secrets that peers share: the first is used, all are accepted, so that one can follow another " +
+        "without a pause. None = whoever reaches the port, which then must be loopback.",
+      "restart",
+      8,
+      peerKey,
+    ).default([]),
+    tls: group("TLS between peers; addresses then begin with wss://.", "restart", {
+      cert: text({ doc: "File of this peer's certificate, PEM.", accepted: "a path" }),
+      key: text({ doc: "File of its private key, PEM.", accepted: "a path" }),
+      ca: text({
+        doc: "File of the authorities that certificates must come from, PEM; unset = those that Node trusts.",
+        accepted: "a path",
+      }).exactOptional(),
+      mutual: boolean("Both sides show a certificate.").default(true),
+    }).exactOptional(),
+    lostMs: ms(
+      [3000, 86_400_000],
+      "Peers that vanished may be alive on the other side of a partition for so long: meanwhile this side " +
+        "admits only its share of the limits.",
+    ).default(60_000),
+  },
+);
+
 const schema = group("All options.", "restart", {
   listen: group("Where clients connect.", "restart", {
     host: text({
@@ -244,6 +330,8 @@ const schema = group("All options.", "restart", {
   defaultLimits: limitsGroup(
     "Limits of each key, and of `local`, where it sets none itself.",
   ).prefault({}),
+
+  cluster: cluster.exactOptional(),
 
   router: group("How a node is chosen.", "restart", {
     strategy: choice(
@@ -685,6 +773,7 @@ type DeepReadonly<T> = T extends readonly (infer Item)[]
 export type Options = DeepReadonly<z.output<typeof schema>>;
 export type NodeOptions = Options["nodes"][number];
 export type KeyOptions = Options["keys"][number];
+export type ClusterOptions = NonNullable<Options["cluster"]>;
 /** What a user writes: everything but a node's url and a key's tenant may be left out. */
 export type OptionsInput = DeepReadonly<z.input<typeof schema>>;
 
@@ -876,6 +965,7 @@ function* brokenRelations(options: Options, kept: Kept): Generator<Relation> {
   yield* brokenCache(options);
   yield* brokenSemantic(options);
   yield* brokenWarmup(options);
+  yield* brokenCluster(options);
 }
 
 /** Undefined where the option is not set. */
@@ -1085,6 +1175,46 @@ function* brokenSemantic({ cache }: Options): Generator<Relation> {
     yield {
       paths: [`${at}.${field}`, `${at}.type`],
       message: `is set, but type is ${embedder.type}: only ${type} has one`,
+    };
+  }
+}
+
+function* brokenCluster({ cluster, listen }: Options): Generator<Relation> {
+  if (cluster === undefined) return;
+  const { keys, listen: peers, seeds, tls } = cluster;
+  if (keys.length === 0 && !isLoopback(peers.host)) {
+    yield {
+      paths: ["cluster.listen.host", "cluster.keys"],
+      message:
+        `${JSON.stringify(peers.host)} can be reached from outside, and no keys are configured: ` +
+        "anyone could join the cluster; configure cluster.keys, or listen on 127.0.0.1",
+    };
+  }
+  if (peers.port !== 0 && peers.port === listen.port) {
+    yield {
+      paths: ["cluster.listen.port", "listen.port"],
+      message: `${peers.port} is listen.port already: peers and clients connect to different ports`,
+    };
+  }
+  const ids = new Map<string, number>();
+  for (const [index, { id }] of keys.entries()) {
+    const same = ids.get(id);
+    if (same !== undefined) {
+      yield {
+        paths: [`cluster.keys[${index}].id`],
+        message: `${JSON.stringify(id)} is the id of cluster.keys[${same}] already`,
+      };
+    }
+    ids.set(id, same ?? index);
+  }
+  for (const [index, seed] of seeds.entries()) {
+    const isSecure = /^(wss|dnss|srvs):/.test(seed);
+    if (isSecure === (tls !== undefined)) continue;
+    yield {
+      paths: [`cluster.seeds[${index}]`, "cluster.tls", "cluster.seeds"],
+      message: isSecure
+        ? "is for TLS, and cluster.tls is not configured"
+        : "is without TLS, and cluster.tls is configured: begin it with wss://, dnss:// or srvs://",
     };
   }
 }

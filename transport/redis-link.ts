@@ -5,6 +5,7 @@
  * Commands are sent as words and answered in bytes. Not connected, they fail at once: nothing is queued, and
  * reconnection goes on for ever, with back-off and jitter.
  */
+import { createHash } from "node:crypto";
 import type { Cluster, Redis } from "ioredis";
 import type { Options } from "./options.ts";
 import { withJitter } from "./redis-rest.ts";
@@ -30,8 +31,24 @@ const RECONNECT_MS_MAX = 5000;
 /** For writes under way when a link is closed. */
 const CLOSE_MS = 200;
 
+/** A connection, or one to each node of a Cluster. */
+export type RedisClient = Redis | Cluster;
+
 /** Loads the client; each call of the result is a connection of its own, which starts connecting at once. */
 export async function redisLinks(redis: RedisPlace): Promise<() => RedisLink> {
+  const connect = await redisClients(redis);
+  return () => new RedisLink(connect());
+}
+
+/**
+ * Starts connecting and returns. While it is not connected, commands fail at once; one that is not answered within a
+ * second fails; it connects again by itself. Whoever takes it listens to "error".
+ */
+export async function connectRedis(redis: RedisPlace): Promise<RedisClient> {
+  return (await redisClients(redis))();
+}
+
+async function redisClients(redis: RedisPlace): Promise<() => RedisClient> {
   const ioredis = await import("ioredis");
   const { username, password, clusterNodes, sentinels, sentinelMaster, url } = redis;
   const common = {
@@ -55,7 +72,7 @@ export async function redisLinks(redis: RedisPlace): Promise<() => RedisLink> {
       maxRedirections: 3,
       slotsRefreshTimeout: CONNECT_TIMEOUT_MS,
     };
-    return () => new RedisLink(new ioredis.Cluster(clusterNodes.map(hostPort), options));
+    return () => new ioredis.Cluster(clusterNodes.map(hostPort), options);
   }
   if (sentinels !== undefined) {
     const options = {
@@ -67,10 +84,10 @@ export async function redisLinks(redis: RedisPlace): Promise<() => RedisLink> {
       sentinelRetryStrategy: reconnectMs,
       ...(redis.tls ? { enableTLSForSentinelMode: true } : {}),
     };
-    return () => new RedisLink(new ioredis.Redis(options));
+    return () => new ioredis.Redis(options);
   }
   const options = { ...common, retryStrategy: reconnectMs };
-  return () => new RedisLink(new ioredis.Redis(url ?? "", options));
+  return () => new ioredis.Redis(url ?? "", options);
 }
 
 /** Grows from 100 ms to 5 s. */
@@ -192,4 +209,29 @@ async function batchOn(client: Redis | Cluster, commands: readonly Words[]): Pro
 function codeOf(error: unknown): string {
   if (!(error instanceof Error)) return "unknown";
   return "code" in error && typeof error.code === "string" ? error.code : error.message;
+}
+
+/** One Lua script: sent by its hash, and whole where Redis does not know it yet. */
+export class RedisScript {
+  readonly #lua: string;
+  readonly #sha1: string;
+
+  constructor(lua: string) {
+    this.#lua = lua;
+    this.#sha1 = createHash("sha1").update(lua, "utf8").digest("hex");
+  }
+
+  /** All keys must lie in one slot of a Cluster. Rejects as the client does. */
+  async run(
+    client: RedisClient,
+    keys: readonly string[],
+    args: readonly (string | number)[],
+  ): Promise<unknown> {
+    try {
+      return await client.evalsha(this.#sha1, keys.length, ...keys, ...args);
+    } catch (error) {
+      if (!(error instanceof Error) || !error.message.startsWith("NOSCRIPT")) throw error;
+    }
+    return client.eval(this.#lua, keys.length, ...keys, ...args);
+  }
 }

@@ -10,7 +10,7 @@ import type { RequestOptions } from "../actors/request.ts";
 import { type NodeOptions, nodeAddress, type Options } from "./options.ts";
 
 /** Cache actors of one process: enough that none is busy, few enough that each has room. */
-const CACHE_SHARDS = 8;
+export const CACHE_SHARDS = 8;
 /** A limiter answers from memory; one that takes longer is not there. */
 const ADMIT_MS = 500;
 /**

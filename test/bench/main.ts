@@ -7,8 +7,8 @@
  * it is not what is measured, nor is the node behind.
  *
  *   --smoke       short, for CI: the figures are rough
- *   --only NAME   chat | hit | sse | memory | semantic | lookup | actors | strategies | simulator | routers | vectors; may be given
- *                 more than once
+ *   --only NAME   chat | hit | sse | memory | semantic | lookup | actors | strategies | simulator | routers | vectors |
+ *                 remote; may be given more than once
  *   --profile DIR the gateway writes a CPU profile there
  *   --out FILE    JSON; else bench-results/<date>.json
  */
@@ -21,6 +21,7 @@ import { Random } from "../../runtime/random.ts";
 import { benchActors } from "./actors.ts";
 import { MODEL } from "./fixed-answers.ts";
 import { ClosedLoop } from "./load.ts";
+import { benchRemote } from "./remote.ts";
 import { medianOf, printRows, type Row } from "./report.ts";
 import { benchSemanticLookup } from "./semantic-lookup.ts";
 import { benchRouters, benchSimulatorSpeed } from "./simulator.ts";
@@ -48,6 +49,7 @@ const names = [
   "simulator",
   "routers",
   "vectors",
+  "remote",
 ] as const;
 type Name = (typeof names)[number];
 
@@ -346,6 +348,15 @@ if (wanted.has("routers"))
   rows.push(...(flags.smoke ? benchRouters(150, 1) : benchRouters(500, 3)));
 if (wanted.has("vectors"))
   rows.push(...benchVectors(flags.smoke ? vectorPaces.smoke : vectorPaces.full));
+if (wanted.has("remote")) {
+  rows.push(
+    ...(await benchRemote(
+      flags.smoke
+        ? { rounds: 3, batchedAsks: 20_000, singleAsks: 1000 }
+        : { rounds: 7, batchedAsks: 200_000, singleAsks: 10_000 },
+    )),
+  );
+}
 const needsGateway = (["chat", "hit", "sse", "memory", "semantic"] as const).some((name) =>
   wanted.has(name),
 );

@@ -27,14 +27,20 @@ export type Running = {
   readonly port: number;
   /** More than one where a process stands for several nodes. */
   readonly ports: readonly number[];
+  /** Of a gateway in a cluster: where other peers reach it. */
+  readonly peerAddress?: string;
   /** Lines on standard error that tell of an unhandled rejection or exception. */
   readonly unhandled: () => number;
 };
+
+/** What a process tells when it listens. */
+type Listening = { port: number; ports?: number[]; peerAddress?: string };
 
 export class Stack {
   readonly #children = new Set<ChildProcess>();
   readonly #folder = mkdtempSync(join(tmpdir(), "headrace-bench-"));
   readonly #agent = new Agent({ keepAlive: true });
+  #configs = 0;
   readonly #onExit = (): void => {
     for (const child of this.#children) child.kill("SIGKILL");
   };
@@ -66,7 +72,7 @@ export class Stack {
     execArgv: readonly string[] = [],
   ): Promise<Running> {
     const limits = { requestsPerMinute: 10_000_000, tokensPerMinute: 1_000_000_000 };
-    const file = join(this.#folder, "headrace.json");
+    const file = join(this.#folder, `headrace-${++this.#configs}.json`);
     const whole = {
       listen: { port: 0 },
       log: { level: "error" },
@@ -180,11 +186,11 @@ export class Stack {
       const asked = signal === "SIGKILL" || signal === "SIGTERM" || code === 0;
       if (!asked) process.stderr.write(`${name} ended (exit code ${code ?? signal}):\n${errors}\n`);
     });
-    const message = await new Promise<{ port: number; ports?: number[] }>((resolve, reject) => {
+    const message = await new Promise<Listening>((resolve, reject) => {
       const timer = setTimeout(() => {
         reject(new Error(`${name} did not listen within ${START_MS_MAX} ms`));
       }, START_MS_MAX);
-      child.once("message", (listening: { port: number; ports?: number[] }) => {
+      child.once("message", (listening: Listening) => {
         clearTimeout(timer);
         resolve(listening);
       });
@@ -193,8 +199,16 @@ export class Stack {
         reject(new Error(`${name} ended at its start (exit code ${code}):\n${errors}`));
       });
     });
-    const { port, ports = [port] } = message;
-    return { name, process: child, pid: child.pid ?? 0, port, ports, unhandled: () => unhandled };
+    const { port, ports = [port], peerAddress } = message;
+    return {
+      name,
+      process: child,
+      pid: child.pid ?? 0,
+      port,
+      ports,
+      ...(peerAddress === undefined ? {} : { peerAddress }),
+      unhandled: () => unhandled,
+    };
   }
 
   async #endChild(child: ChildProcess): Promise<void> {
