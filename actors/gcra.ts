@@ -103,6 +103,14 @@ export class Gcra {
     this.#tatNs = Math.max(this.#tatNs, nowNs + Math.ceil(this.#burstNs * (1 - share)));
   }
 
+  /**
+   * What is still to pay off is at most a whole burst from now on. For after `configure`: a time that was paid off at a
+   * share of the rate would else be several bursts at the whole one.
+   */
+  capDebt(nowMs: number): void {
+    this.#tatNs = Math.min(this.#tatNs, this.#sinceBaseNs(nowMs) + this.#burstNs);
+  }
+
   /** Units that would pass at once, 0…burst. */
   remaining(nowMs: number): number {
     const nowNs = this.#sinceBaseNs(nowMs);

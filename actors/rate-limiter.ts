@@ -240,7 +240,10 @@ export class RateLimiterActor implements Actor<OwnMessage> {
     }
     this.#order.touch(key);
     key.lastUsedAtMs = nowMs;
-    if (key.limits !== admit.limits) adoptLimits(key, admit.limits);
+    const changed = key.limits !== admit.limits;
+    if (changed) adoptLimits(key, admit.limits);
+    // Only in a cluster, where the same key has its whole limits at one time and a share of them at another.
+    if (key.takeover > 0 && changed) capDebt(key, nowMs);
     if ((admit.takeover ?? 0) > key.takeover) takeOver(key, admit.takeover ?? 0, nowMs);
     if (!key.isLimited) {
       this.#reserve(key, admit, 0, context);
@@ -547,6 +550,11 @@ function takeOver(key: Key, takeover: number, nowMs: number): void {
   key.takeover = takeover;
   key.requests?.cut(TAKEOVER_SHARE, nowMs);
   key.tokens?.cut(TAKEOVER_SHARE, nowMs);
+}
+
+function capDebt({ requests, tokens }: Key, nowMs: number): void {
+  requests?.capDebt(nowMs);
+  tokens?.capDebt(nowMs);
 }
 
 function countsTokens(limits: Limits): boolean {

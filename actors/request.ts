@@ -18,6 +18,10 @@
  * leader whose client left goes on while others share its flight; when the last one has left, the cache says
  * so and the attempt is aborted. One deadline timer per request covers every state.
  *
+ * A key's shard, and a flight's leader, may be in another peer (cache-placement.ts). A flight stays at the shard where
+ * it was joined or led. Who waits for one whose shard or leader is lost is looking again; who follows a leader of
+ * another peer ends when the front says that its bytes are delivered, not by the news of its end.
+ *
  * It sees no byte of a prompt or an answer but whole answers on their way to the cache, and the questions that are
  * matched by meaning on theirs. Its state is lost on
  * a restart: `start` then tells every owner (`owner_restarted`), so that leases, reservations and flights are

@@ -207,6 +207,54 @@ describe("three peers share one cache", () => {
     expect(calls(live) - before).toBe(3);
   });
 
+  it("matching by meaning: learnt through one, matched through every other, seen and found wrong through any", async () => {
+    const { servers, live } = await Cluster.start({
+      cache: {
+        semantic: {
+          mode: "fixed",
+          judgeRatio: 0,
+          matchMs: 5000,
+          embedder: { type: "lexical", timeoutMs: 5000 },
+        },
+      },
+    });
+    await until("the embedders are healthy", async () => {
+      const states = await Promise.all(servers.map(({ gateway }) => gateway.state()));
+      return states.every(({ embedder }) => embedder?.state === "healthy");
+    });
+    const fields = { max_tokens: 40, headrace_output_tokens: 5 };
+    // Each system prompt is a scope of its own: some belong to every peer.
+    const scopes = Array.from({ length: 6 }, (_, number) => `You are assistant ${number}.`);
+    const asked = (port: number, system: string, question: string) =>
+      ask(port, question, {
+        ...fields,
+        messages: [
+          { role: "system", content: system },
+          { role: "user", content: question },
+        ],
+      });
+    for (const [index, system] of scopes.entries()) {
+      const port = servers[index % 3]?.port ?? 0;
+      await asked(port, system, "How do I reset the password of my account?");
+    }
+    const before = calls(live);
+    for (const system of scopes) {
+      for (const { port } of servers) {
+        const { cache } = await asked(port, system, "How can I reset the password of my account?");
+        expect(cache).toMatch(/^hit-semantic/);
+      }
+    }
+    expect(calls(live)).toBe(before);
+    for (const { gateway } of servers)
+      expect((await gateway.inspect("local", 100)).entries).toHaveLength(scopes.length);
+    const [entry] = (await servers[0]?.gateway.inspect("local", 1))?.entries ?? [];
+    const known = await servers[1]?.gateway.feedback(entry?.entryId ?? "", "local", false);
+    expect(known).toBe(true);
+    expect((await servers[2]?.gateway.inspect("local", 100))?.entries).toHaveLength(
+      scopes.length - 1,
+    );
+  });
+
   it("the node is rid of it when the clients of all peers have left, not before", async () => {
     const cluster = await Cluster.start();
     const { live, servers } = cluster;

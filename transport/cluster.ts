@@ -91,6 +91,11 @@ const SETTINGS = `buckets ${BUCKETS} shards ${CACHE_SHARDS}`;
 const LOAD_MS = 1000;
 const LOOP_RESOLUTION_MS = 20;
 const DESCRIBE_MS = 1000;
+/**
+ * How long another peer's word on a limit is waited for. A peer that is gone answers at once, by its link; one that is
+ * only slow must not be taken for gone, for it goes on admitting while others admit their shares.
+ */
+const OWNER_MS = 1000;
 /** Less than the cluster limiter waits for its store. */
 const LIMIT_STORE_MS = 80;
 /** Of a millisecond since 1970: numbers of asks and incarnations begin there, and never come again in a later life. */
@@ -229,6 +234,7 @@ export class Cluster {
         ...clusterLimiterDefaults,
         self: this.self.id,
         lostMs: this.#options.lostMs,
+        ownerMs: OWNER_MS,
       },
       nodes,
     };

@@ -13,6 +13,8 @@ import { type NodeOptions, nodeAddress, type Options } from "./options.ts";
 export const CACHE_SHARDS = 8;
 /** A limiter answers from memory; one that takes longer is not there. */
 const ADMIT_MS = 500;
+/** In a cluster it may have asked the store, then another peer, then a third (see `ownerMs` in cluster.ts). */
+const CLUSTER_ADMIT_MS = 2500;
 /**
  * Beyond the store's own time-out. A shard answers from memory, so this is only ever the time that its mail takes in
  * a process held up: going on without the cache then would send to the nodes what is running already.
@@ -58,7 +60,7 @@ export function semanticPolicy({ cache }: Options): SemanticPolicy | undefined {
   return { mode, similarityMin, errorRateMax, isStrict: strict };
 }
 
-export function requestOptions({ cache, retry, timeouts }: Options): RequestOptions {
+export function requestOptions({ cache, cluster, retry, timeouts }: Options): RequestOptions {
   return {
     attemptsMax: retry.attemptsMax,
     backoffBaseMs: retry.backoffBaseMs,
@@ -69,7 +71,7 @@ export function requestOptions({ cache, retry, timeouts }: Options): RequestOpti
     lookupMs: cache.storeTimeoutMs + LOOKUP_MARGIN_MS,
     matchMs: cache.semantic.matchMs,
     judgeRatio: cache.semantic.judgeRatio,
-    admitMs: ADMIT_MS,
+    admitMs: cluster === undefined ? ADMIT_MS : CLUSTER_ADMIT_MS,
   };
 }
 
