@@ -268,6 +268,19 @@ describe("gcra", () => {
     expect(gcra.waitMs(1, 0)).toBe(5000);
   });
 
+  it("gcra: a debt made at a share of the rate is at most one burst at the whole one", () => {
+    const gcra = new Gcra(20, MINUTE_MS, 60); // A third of 60 a minute, the burst whole: 180 s.
+    gcra.cut(0.5, 0);
+    expect(gcra.resetMs(0)).toBe(90_000);
+    gcra.configure(60, MINUTE_MS, 60);
+    expect(gcra.waitMs(1, 0)).toBeGreaterThan(30_000);
+    gcra.capDebt(0);
+    expect(gcra.resetMs(0)).toBe(60_000);
+    expect(gcra.waitMs(1, 0)).toBe(1000);
+    gcra.capDebt(50_000);
+    expect(gcra.resetMs(50_000)).toBe(10_000); // A smaller one stays.
+  });
+
   it("gcra: counts the same after any uptime (base moved along; ten years)", () => {
     fc.assert(
       fc.property(

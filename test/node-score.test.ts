@@ -526,6 +526,34 @@ describe("the other strategies", () => {
 });
 
 describe("views and explanations", () => {
+  it("after a move any other incarnation is the later one, and the former is past", () => {
+    const view = new NodeView(snapshotOf("a", { incarnation: 9, version: 5, inflight: 3 }), 0, 10);
+    view.moved();
+    expect(view.update(snapshotOf("a", { incarnation: 9, version: 6, inflight: 4 }), 20)).toBe(
+      true, // The old actor is still all there is.
+    );
+    expect(view.update(snapshotOf("a", { incarnation: 2, version: 0, inflight: 1 }), 30)).toBe(
+      true,
+    );
+    expect(view.update(snapshotOf("a", { incarnation: 9, version: 7, inflight: 5 }), 40)).toBe(
+      false,
+    );
+    expect(view.update(snapshotOf("a", { incarnation: 1, version: 8, inflight: 6 }), 50)).toBe(
+      false,
+    );
+    expect(view.inflight).toBe(1);
+  });
+
+  it("an actor that has just begun does not know the models: what was known stays", () => {
+    const known = { models: ["m"], adapters: ["l"] };
+    const view = new NodeView(snapshotOf("a", { incarnation: 1, version: 5, ...known }), 0, 10);
+    const { models: _, adapters: __, ...begun } = snapshotOf("a", { incarnation: 2, version: 0 });
+    expect(view.update(begun, 20)).toBe(true);
+    expect(view.snapshot).toMatchObject({ incarnation: 2, ...known });
+    expect(view.update({ ...begun, version: 1, models: ["n"] }, 30)).toBe(true);
+    expect(view.snapshot.models).toEqual(["n"]);
+  });
+
   it("an older snapshot changes nothing, an equal one is fresh news", () => {
     const view = new NodeView(snapshotOf("a", { incarnation: 2, version: 5, inflight: 3 }), 0, 10);
     expect(view.update(snapshotOf("a", { incarnation: 2, version: 4, inflight: 9 }), 20)).toBe(

@@ -96,8 +96,9 @@ const DESCRIBE_MS = 1000;
  * only slow must not be taken for gone, for it goes on admitting while others admit their shares.
  */
 const OWNER_MS = 1000;
-/** Less than the cluster limiter waits for its store. */
-const LIMIT_STORE_MS = 80;
+/** Likewise of Redis, which answers in less than 1 ms when it is well; the edge gives up before the limiter does. */
+const STORE_MS = 500;
+const LIMIT_STORE_MS = 400;
 /** Of a millisecond since 1970: numbers of asks and incarnations begin there, and never come again in a later life. */
 const IDS_PER_MS = 1024;
 /** Refusals by address of which the last was logged. */
@@ -235,6 +236,7 @@ export class Cluster {
         self: this.self.id,
         lostMs: this.#options.lostMs,
         ownerMs: OWNER_MS,
+        storeMs: STORE_MS,
       },
       nodes,
     };
