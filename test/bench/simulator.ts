@@ -104,8 +104,9 @@ const strategies = [
 const GATEWAYS = [1, 4, 16];
 /** What the nodes can carry with prefix hits, and a fifth more. */
 const RATES = [28, 34];
-/** As the article has it: its score, its JSON, every 5 s. Everything else runs with the defaults that ship. */
+/** As the article has it: its score, its JSON, every 5 s, no cap. Everything else runs with the defaults that ship. */
 const article: OptionsInput = {
+  concurrency: { inflightMin: 256, inflightMax: 256 },
   router: { strategy: "article", staleMs: 10_000 },
   scrape: { intervalMs: 5000, timeoutMs: 3000 },
 };
