@@ -108,12 +108,22 @@ function expectWhole(dir: string): void {
   expect(findModel(dir, "org/tiny")).toEqual({ folder, model: "org/tiny" });
 }
 
-const halfWay: Hub["spoil"] = (bytes, request, response) => {
-  if (request.headers.range !== undefined) return false;
-  response.writeHead(200, { "content-length": bytes.length });
-  response.write(bytes.subarray(0, 100_000), () => response.destroy());
-  return true;
-};
+/** Sends a part, and breaks off once some of that is on disk: a connection that breaks may lose what is on it. */
+function halfWay(dir: string): Hub["spoil"] {
+  const part = join(dir, "org/tiny", `${weights}.part`);
+  return (bytes, request, response) => {
+    if (request.headers.range !== undefined) return false;
+    response.writeHead(200, { "content-length": bytes.length });
+    response.write(bytes.subarray(0, 100_000));
+    const looking = setInterval(() => {
+      if (!existsSync(part) || readFileSync(part).length === 0) return;
+      clearInterval(looking);
+      response.destroy();
+    }, 5);
+    cleanups.push(() => clearInterval(looking));
+    return true;
+  };
+}
 
 describe("model pull", () => {
   it("fetches every file once, all of one commit, with progress; the next pull fetches nothing", async () => {
@@ -134,7 +144,7 @@ describe("model pull", () => {
   it("a half download is no model; the next pull goes on where it ended", async () => {
     const hub = await startHub();
     const dir = tempFolder();
-    hub.spoil = halfWay;
+    hub.spoil = halfWay(dir);
     await expect(pull(hub, dir).done).rejects.toThrow(PullError);
     expect(filesIn(join(dir, "org/tiny/onnx"))).toEqual(["model_quantized.onnx.part"]);
     expect(() => findModel(dir, "org/tiny")).toThrow(/missing \(half of it was downloaded\)/);
@@ -214,7 +224,7 @@ describe("model pull", () => {
   it("a hub that does not resume sends all of it again", async () => {
     const hub = await startHub();
     const dir = tempFolder();
-    hub.spoil = halfWay;
+    hub.spoil = halfWay(dir);
     await expect(pull(hub, dir).done).rejects.toThrow();
     hub.spoil = (bytes, _request, response) => {
       response.writeHead(200, { "content-length": bytes.length }).end(bytes);
