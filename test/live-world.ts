@@ -25,7 +25,7 @@ export const MODEL = "llama-3.1-8b";
 /** A node a thousand times as fast as the card it stands for: no test waits for an answer. */
 const SPEED = 1000;
 /** For something that is bound to come: only a defect reaches it. */
-const PATIENCE_MS = 10_000;
+const PATIENCE_MS = 30_000;
 
 /** Fields of an OpenAI chat message, as far as a test looks at them. */
 type Message = { content: string | null; tool_calls?: unknown[] };
