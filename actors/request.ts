@@ -245,8 +245,8 @@ const WATCH_AGAIN_MS = 1000;
 const FIRST_TOKEN_MS_PER_TOKEN = 0.25;
 /** Multiple of the p95 of the same size of prompt that a first token may take. */
 const FIRST_TOKEN_FACTOR = 3;
-/** Peers that may be lost under one request before it fails. */
-const REJOINS_MAX = 2;
+/** News of lost peers that one request bears: one loss may be heard of by its leader, its shard and its relay. */
+const REJOINS_MAX = 4;
 /** A second ask of a router that crashed under the first. */
 const ROUTER_CRASHES_MAX = 1;
 
