@@ -3,12 +3,11 @@
  * all of them, whichever peer they ask, however they want it delivered; what it made is a hit at every peer, and the
  * node is rid of it when the clients of all peers have left. Exit status 1 when a bar is missed.
  */
-import { setMaxListeners } from "node:events";
-import { setTimeout as sleep } from "node:timers/promises";
 import type { ClusterDescription } from "../../transport/cluster.ts";
 import { MODEL } from "./fixed-answers.ts";
+import { body, countRow, leavingRows, problemsOf } from "./identical-requests.ts";
 import { ChatClient, type ChatOutcome } from "./load.ts";
-import { medianOf, printRows, type Row } from "./report.ts";
+import { printRows, type Row } from "./report.ts";
 import { GATEWAY_KEY, type Running, restOf, Stack } from "./stack.ts";
 
 const PEERS = 4;
@@ -16,36 +15,14 @@ const CLIENTS = 500;
 /** Each is owned and led by another peer, as it comes. */
 const QUESTIONS = 6;
 const LEAVERS = 48;
-const LEAVING_ROUNDS = 5;
 const REST_MS_MAX = 15_000;
 const SETTLE_MS_MAX = 20_000;
-const ABORT_MS_MAX = 50;
-const NEVER_MS = 5000;
-/** At about 7 ms a token: 1.4 s, so that all clients are there before the end. */
-const TOKENS = 200;
-/** Enough for some tokens to be out. */
-const STREAMING_MS = 400;
 
 const stack = new Stack();
 const rows: Row[] = [];
 
-function count(
-  name: string,
-  question: string,
-  value: number,
-  bar: NonNullable<Row["bar"]>,
-  detail = "",
-): void {
-  rows.push({ name, question, figure: String(Math.round(value * 10) / 10), value, bar, detail });
-}
-
-function body(content: string, stream: boolean) {
-  return {
-    model: MODEL,
-    messages: [{ role: "user", content }],
-    stream,
-    headrace_output_tokens: TOKENS,
-  };
+function count(...row: Parameters<typeof countRow>): void {
+  rows.push(countRow(...row));
 }
 
 async function startPeers(url: string): Promise<Running[]> {
@@ -83,30 +60,6 @@ async function run(): Promise<void> {
     const client = clients[index % PEERS];
     if (client === undefined) throw new Error(`there are ${PEERS} peers`);
     return client.chat(body(content, Math.floor(index / PEERS) % 2 === 0), signal);
-  };
-  /** @returns ms until the node knew, and generations that it ended before anyone had left. */
-  const allLeave = async (round: number): Promise<{ noticedMs: number; early: number }> => {
-    const ended = await aborts();
-    const leaving = new AbortController();
-    setMaxListeners(LEAVERS + 1, leaving.signal);
-    const leavers = Array.from({ length: LEAVERS }, (_, index) =>
-      chat(index + round, `All leave, ${round}.`, leaving.signal),
-    );
-    await stack.until(
-      "all to share one flight",
-      5000,
-      async () => (await participants()) === LEAVERS,
-    );
-    await sleep(STREAMING_MS);
-    const early = (await aborts()) - ended;
-    const leftAtMs = performance.now();
-    leaving.abort();
-    while ((await aborts()) <= ended + early) {
-      if (performance.now() > leftAtMs + NEVER_MS) break;
-    }
-    const noticedMs = performance.now() - leftAtMs;
-    await Promise.all(leavers);
-    return { noticedMs, early };
   };
   // Every router has seen the node, and every client has connections.
   for (let index = 0; index < PEERS; index++) await chat(index, `Warm up ${index}.`);
@@ -153,18 +106,23 @@ async function run(): Promise<void> {
     problemsOf(hits),
   );
 
-  const left: { noticedMs: number; early: number }[] = [];
-  for (let round = 0; round < LEAVING_ROUNDS; round++) left.push(await allLeave(round));
-  const noticedMs = left.map((each) => each.noticedMs);
-  count(
-    "abort",
-    `ms from the leaving of ${LEAVERS} clients of all peers until the node has ended their generation`,
-    medianOf(noticedMs),
-    { atMost: ABORT_MS_MAX },
-    `${noticedMs.map((ms) => ms.toFixed(0)).join(", ")} ms; ${NEVER_MS} = never`,
+  rows.push(
+    ...(await leavingRows({
+      who: `${LEAVERS} clients of all peers`,
+      clients: LEAVERS,
+      send: (round, signal) =>
+        Array.from({ length: LEAVERS }, (_, index) =>
+          chat(index + round, `All leave, ${round}.`, signal),
+        ),
+      together: () =>
+        stack.until(
+          "all to share one flight",
+          5000,
+          async () => (await participants()) === LEAVERS,
+        ),
+      aborts,
+    })),
   );
-  const early = left.reduce((sum, each) => sum + each.early, 0);
-  count("early", "generations ended while a client was left", early, { atMost: 0 });
 
   let held = 0;
   const heldTexts: string[] = [];
@@ -183,11 +141,6 @@ async function run(): Promise<void> {
     heldTexts.join(", "),
   );
   for (const client of clients) client.close();
-}
-
-function problemsOf(outcomes: readonly ChatOutcome[]): string {
-  const problems = new Set(outcomes.map(({ problem }) => problem).filter((text) => text !== ""));
-  return [...problems].slice(0, 3).join("; ");
 }
 
 try {

@@ -3,44 +3,22 @@
  * they want it delivered; it goes on while anyone is left, and the node is rid of it when nobody is. Exit status 1
  * when a bar is missed.
  */
-import { setMaxListeners } from "node:events";
 import { setTimeout as sleep } from "node:timers/promises";
 import { MODEL } from "./fixed-answers.ts";
-import { ChatClient, type ChatOutcome } from "./load.ts";
-import { medianOf, printRows, type Row } from "./report.ts";
+import { body, countRow, leavingRows, problemsOf, STREAMING_MS } from "./identical-requests.ts";
+import { ChatClient } from "./load.ts";
+import { printRows, type Row } from "./report.ts";
 import { GATEWAY_KEY, lettersOf, restOf, Stack } from "./stack.ts";
 
 const CLIENTS = 1000;
 const FOLLOWERS = 50;
 const REST_MS_MAX = 10_000;
-const ABORT_MS_MAX = 50;
-const NEVER_MS = 5000;
-const LEAVING_ROUNDS = 5;
-/** At about 7 ms a token: 1.4 s, so that all clients are there before the end. */
-const TOKENS = 200;
-/** Enough for some tokens to be out. */
-const STREAMING_MS = 400;
 
 const stack = new Stack();
 const rows: Row[] = [];
 
-function count(
-  name: string,
-  question: string,
-  value: number,
-  bar: NonNullable<Row["bar"]>,
-  detail = "",
-): void {
-  rows.push({ name, question, figure: String(Math.round(value * 10) / 10), value, bar, detail });
-}
-
-function body(content: string, stream: boolean) {
-  return {
-    model: MODEL,
-    messages: [{ role: "user", content }],
-    stream,
-    headrace_output_tokens: TOKENS,
-  };
+function count(...row: Parameters<typeof countRow>): void {
+  rows.push(countRow(...row));
 }
 
 async function run(): Promise<void> {
@@ -85,27 +63,6 @@ async function run(): Promise<void> {
     count("calls", "generations for them", (await upstream()) - before, { atMost: 1 }, detail);
   };
 
-  /** @returns ms until the node knew, and generations that it ended before anyone had left. */
-  const allLeave = async (round: number): Promise<{ noticedMs: number; early: number }> => {
-    const before = await aborts();
-    const leaving = new AbortController();
-    setMaxListeners(FOLLOWERS + 1, leaving.signal);
-    const leavers = Array.from({ length: FOLLOWERS }, (_, index) =>
-      client.chat(body(`All leave, ${round}.`, index % 2 === 0), leaving.signal),
-    );
-    await joined(FOLLOWERS);
-    await sleep(STREAMING_MS);
-    const early = (await aborts()) - before;
-    const leftAtMs = performance.now();
-    leaving.abort();
-    while ((await aborts()) <= before + early) {
-      if (performance.now() > leftAtMs + NEVER_MS) break;
-    }
-    const noticedMs = performance.now() - leftAtMs;
-    await Promise.all(leavers);
-    return { noticedMs, early };
-  };
-
   const manyBefore = await upstream();
   const many = await Promise.all(
     Array.from({ length: CLIENTS }, (_, index) =>
@@ -128,18 +85,18 @@ async function run(): Promise<void> {
 
   await leaderLeaves("before its first token", true);
   await leaderLeaves("in the middle of its stream", false);
-  const left: { noticedMs: number; early: number }[] = [];
-  for (let round = 0; round < LEAVING_ROUNDS; round++) left.push(await allLeave(round));
-  const noticedMs = left.map((round) => round.noticedMs);
-  count(
-    "abort",
-    "ms from the last client's leaving until the node has ended the generation",
-    medianOf(noticedMs),
-    { atMost: ABORT_MS_MAX },
-    `${noticedMs.map((ms) => ms.toFixed(0)).join(", ")} ms; ${NEVER_MS} = never`,
+  rows.push(
+    ...(await leavingRows({
+      who: "the last client",
+      clients: FOLLOWERS,
+      send: (round, signal) =>
+        Array.from({ length: FOLLOWERS }, (_, index) =>
+          client.chat(body(`All leave, ${round}.`, index % 2 === 0), signal),
+        ),
+      together: () => joined(FOLLOWERS),
+      aborts,
+    })),
   );
-  const early = left.reduce((sum, round) => sum + round.early, 0);
-  count("early", "generations ended while a client was left", early, { atMost: 0 });
 
   const held = await restOf(stack, gateway, REST_MS_MAX);
   const heldTexts = Object.entries(held).map(([what, left]) => `${what} ${left}`);
@@ -151,13 +108,6 @@ async function run(): Promise<void> {
     heldTexts.join(", "),
   );
   client.close();
-}
-
-function problemsOf(outcomes: readonly ChatOutcome[]): string {
-  const problems = new Set(
-    outcomes.map(({ problem }) => problem).filter((problem) => problem !== ""),
-  );
-  return [...problems].slice(0, 3).join("; ");
 }
 
 try {
